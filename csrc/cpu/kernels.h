@@ -1,0 +1,26 @@
+// The kernels of one level, as function pointers; levels/*.cpp define one table each.
+#pragma once
+
+#include "cpu/segment_end.h"
+#include "problem.h"
+
+namespace ema_ext::cpu {
+
+struct Kernels {
+  // Rows [begin, end), each from end to end: rows.h.
+  void (*scan_rows)(const Problem&, int64_t begin, int64_t end);
+  // Blocks of rows side by side: lanes.h.
+  void (*scan_lanes)(const Problem&, int64_t begin, int64_t end);
+  // Rows in segments, row * segments(problem) + segment: cut.h.
+  void (*find_aggregates)(const Problem&, int64_t begin, int64_t end, SegmentEnd*);
+  void (*fold_carries)(const Problem&, int64_t begin, int64_t end, const SegmentEnd*, Carry*);
+  void (*scan_segments)(const Problem&, int64_t begin, int64_t end, const Carry*, SegmentEnd*);
+  void (*finish_rows)(const Problem&, int64_t begin, int64_t end, const SegmentEnd*);
+};
+
+// Indexed by Dtype.
+extern const Kernels kKernelsX86_64[4];
+extern const Kernels kKernelsX86_64V3[4];
+extern const Kernels kKernelsX86_64V4[4];
+
+}  // namespace ema_ext::cpu

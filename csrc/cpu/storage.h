@@ -1,0 +1,91 @@
+// How samples lie in memory and what they are computed in: one traits struct per dtype.
+//
+// A Storage has Sample (in memory), Acc (accumulate dtype: the sample is exact in it), kDirect
+// (both are the same), get and put for one sample, and unpack and pack for a run of them.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace ema_ext::cpu::EMA_EXT_LEVEL {
+
+template <class T>
+struct Native {
+  using Sample = T;
+  using Acc = T;
+  static constexpr bool kDirect = true;
+
+  static EMA_EXT_INLINE T get(T sample) { return sample; }
+  static EMA_EXT_INLINE T put(T value) { return value; }
+  static EMA_EXT_INLINE void unpack(const T* from, int64_t n, T* to) {
+    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+  }
+  static EMA_EXT_INLINE void pack(const T* from, int64_t n, T* to) {
+    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+  }
+};
+
+using Float32 = Native<float>;
+using Float64 = Native<double>;
+
+struct BFloat16 {
+  using Sample = uint16_t;
+  using Acc = float;
+  static constexpr bool kDirect = false;
+
+  static EMA_EXT_INLINE float get(uint16_t sample) {
+    const uint32_t bits = static_cast<uint32_t>(sample) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  // To nearest, ties to even; a NaN stays one.
+  static EMA_EXT_INLINE uint16_t put(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const uint32_t quiet = (bits >> 16) | 0x40u;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+  }
+  static EMA_EXT_INLINE void unpack(const uint16_t* from, int64_t n, float* to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = get(from[i]);
+  }
+  static EMA_EXT_INLINE void pack(const float* from, int64_t n, uint16_t* to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = put(from[i]);
+  }
+};
+
+struct Float16 {
+  using Sample = uint16_t;
+  using Acc = float;
+  static constexpr bool kDirect = false;
+
+  static EMA_EXT_INLINE float get(uint16_t sample) {
+    _Float16 half;
+    std::memcpy(&half, &sample, sizeof half);
+    return static_cast<float>(half);
+  }
+  static EMA_EXT_INLINE uint16_t put(float value) {
+    const _Float16 half = static_cast<_Float16>(value);
+    uint16_t sample;
+    std::memcpy(&sample, &half, sizeof sample);
+    return sample;
+  }
+  static EMA_EXT_INLINE void unpack(const uint16_t* from, int64_t n, float* to) {
+    int64_t i = 0;
+#ifdef __F16C__
+    for (; i + 8 <= n; i += 8)
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(load<__m128i>(from + i)));
+#endif
+    for (; i < n; ++i) to[i] = get(from[i]);
+  }
+  static EMA_EXT_INLINE void pack(const float* from, int64_t n, uint16_t* to) {
+    int64_t i = 0;
+#ifdef __F16C__
+    for (; i + 8 <= n; i += 8)
+      store(to + i, _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    for (; i < n; ++i) to[i] = put(from[i]);
+  }
+};
+
+}  // namespace ema_ext::cpu::EMA_EXT_LEVEL

@@ -1,0 +1,25 @@
+// Which kernel scans a problem, and in which order of axes: a pure function of the problem.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace ema_ext::cpu {
+
+enum class Strategy : int8_t {
+  kRows,   // each row from end to end: rows.h
+  kLanes,  // rows side by side in memory: lanes.h
+  kCut,    // few long rows, their segments on several threads: cut.h
+};
+
+struct Plan {
+  Strategy strategy;
+  int64_t items;             // what is shared among threads: rows, blocks of rows, or segments
+  int64_t samples_per_item;  // roughly
+};
+
+// Reorders the problem's axes as the chosen kernel wants them. Results do not depend on `threads`.
+Plan make_plan(Problem& problem, int threads);
+
+}  // namespace ema_ext::cpu

@@ -1,0 +1,41 @@
+// The numbers that tune the CPU kernels, each with its reason. benchmarks/bench.py measures them.
+#pragma once
+
+#include "problem.h"
+
+namespace ema_ext::cpu {
+
+// Fewer samples than this in a thread's share cost more to hand over than to scan: at::parallel_for
+// takes about 3 us to wake a thread, which is 15 000 samples of float32.
+constexpr int64_t kGrainSamples = 16384;
+
+// Rows of at least two segments are cut, and the carries between segments folded in order. Where a
+// row is cut follows from its length alone, so that results are the same for any number of threads.
+// 64k samples of float32 leave half of a 512 kB L2 cache to the output.
+constexpr int64_t kSegmentSamples = 65536;
+
+inline __attribute__((always_inline)) int64_t segments(const Problem& problem) {
+  if (problem.length < 2 * kSegmentSamples) return 1;
+  return (problem.length + kSegmentSamples - 1) / kSegmentSamples;
+}
+
+// Rows shorter than this go sample by sample: a tile's fixed cost is that of about 20 samples.
+constexpr int64_t kShortRow = 16;
+
+// Samples that pass through a buffer in L1 at a time, where the kernel cannot read memory directly.
+// A multiple of every tile.
+constexpr int64_t kChunkSamples = 1024;
+
+// Outputs from here on do not stay in the cache anyway: stores that pass it by save reading the
+// lines first.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+// glibc maps larger blocks anew at each allocation, and 4 kB page faults take most of the time.
+// Smaller ones it reuses, where huge pages would only cost.
+constexpr int64_t kHugePageBytes = int64_t{32} << 20;
+
+// Rows side by side that one walk along time carries in registers: four vectors of float64.
+constexpr int kLanesPerVector = 8;
+constexpr int kVectorsPerBlock = 4;
+
+}  // namespace ema_ext::cpu

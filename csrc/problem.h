@@ -1,0 +1,74 @@
+// The plain structs that kernels receive: one scan over many rows, free of torch.
+//
+// A row is the time axis at one index of all other axes. All strides are in elements. A scan that
+// runs backwards in time has `data` at its last sample and a negative time_stride, so that kernels
+// know one direction only: forward along `sample(row, 0), sample(row, 1), ...`.
+#pragma once
+
+#include <cstdint>
+
+namespace ema_ext {
+
+constexpr int kMaxDims = 64;  // torch's own limit
+
+enum class Dtype : int8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+inline int64_t bytes_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return 8;
+    case Dtype::kFloat32:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
+// A tensor as the rows see it. data == nullptr: absent.
+struct Operand {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  int64_t time_stride = 0;
+  int64_t row_strides[kMaxDims] = {};  // 0 where it is broadcast
+};
+
+enum class Op : int8_t {
+  kEma,                // y[n] = (1 - coefficient) * y[n-1] + coefficient * x[n]
+  kLinearRecurrence,   // y[n] = coefficient * y[n-1] + x[n]
+  kEmaBackward,        // the adjoint of kEma: lambda[n] = (1 - coefficient) * lambda[n-1] + x[n],
+                       // y[n] = coefficient * lambda[n], run along reversed time
+};
+
+struct Problem {
+  Op op = Op::kEma;
+  int64_t length = 0;
+  int ndim = 0;  // of the rows, outermost first
+  int64_t sizes[kMaxDims] = {};
+  int64_t rows = 1;  // their product
+
+  Operand x;
+  Operand y;  // written, of x's dtype
+
+  // alpha of an EMA, a of a linear recurrence: one value per row, or `value` where it is absent.
+  Operand coefficient;
+  double value = 0;
+
+  // y[-1]. Absent: x[0] for kEma (so y[0] = x[0], copied bit by bit), 0 for kLinearRecurrence.
+  // For kEmaBackward: the gradient of the state, added to lambda at the scan's first sample.
+  Operand start;
+
+  // Written if present, in the accumulate dtype: the y after the last sample; for kEmaBackward the
+  // gradient of the initial state, (1 - coefficient) * lambda at the scan's last sample.
+  Operand state;
+
+  // For kEmaBackward only. has_initial_state: whether the forward had one; without, y at the scan's
+  // last sample is lambda itself, since x[0] was the initial state as well.
+  bool has_initial_state = false;
+  // The forward's input and initial state, in the scan's (reversed) order of time, and where the
+  // gradient to alpha goes: one float64 per row. All absent if that gradient is not wanted.
+  Operand forward_x;
+  Operand forward_start;
+  Operand grad_coefficient;
+};
+
+}  // namespace ema_ext

@@ -1,0 +1,7 @@
+"""Exponential moving averages of tensors, computed by native kernels and differentiable."""
+
+from ema_ext import _library as _library  # before all else: checks torch, loads the library
+from ema_ext._version import __version__
+from ema_ext.functional import ema
+
+__all__ = ["__version__", "ema"]

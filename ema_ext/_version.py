@@ -1,0 +1,3 @@
+"""The version of the package, held against that of the compiled library at import."""
+
+__version__ = "0.1.0"

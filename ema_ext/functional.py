@@ -1,0 +1,164 @@
+"""The public functions: fast paths here, errors in _checks, derivatives in _autograd."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ema_ext import _checks, _ops
+from ema_ext._autograd import float_ema, tensor_ema, traced
+
+
+@overload
+def ema(
+    x: Tensor,
+    alpha: float | Tensor,
+    *,
+    dim: int = -1,
+    initial_state: float | Tensor | None = None,
+    reverse: bool = False,
+    return_state: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def ema(
+    x: Tensor,
+    alpha: float | Tensor,
+    *,
+    dim: int = -1,
+    initial_state: float | Tensor | None = None,
+    reverse: bool = False,
+    return_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def ema(
+    x: Tensor,
+    alpha: float | Tensor,
+    *,
+    dim: int = -1,
+    initial_state: float | Tensor | None = None,
+    reverse: bool = False,
+    return_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def ema(
+    x: Tensor,
+    alpha: float | Tensor,
+    *,
+    dim: int = -1,
+    initial_state: float | Tensor | None = None,
+    reverse: bool = False,
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Exponential moving average of a signal along one dimension.
+
+    .. math:: y_n = (1 - \alpha)\, y_{n-1} + \alpha\, x_n, \qquad y_0 = x_0
+
+    ``alpha`` is the weight of the new sample, as in ``pandas.Series.ewm(alpha=alpha,
+    adjust=False).mean()``. This is neither the average of model weights
+    (``torch.optim.swa_utils``) nor the bias-corrected average (pandas' ``adjust=True``), and
+    ``alpha`` is not the weight of the past.
+
+    Args:
+        x: float16, bfloat16, float32 or float64 tensor of any shape with at least 1 dimension and
+            of any strides; no copy of it is made.
+        alpha: the weight of the new sample. A float in [0, 1]; or a floating-point tensor that
+            expands to x's shape and is constant along ``dim``, for instance ``()`` for one weight
+            or ``alpha[:, None]`` for one weight per channel of a ``(batch, channel, time)`` x.
+            Values of a tensor are not checked, and outside [0, 1] follow the recurrence.
+            It may have another dtype than x, and never changes the dtype of the result.
+        dim: the dimension of time.
+        initial_state: the average before the first sample: with it,
+            :math:`y_0 = (1 - \alpha) s + \alpha x_0`. A float, or a floating-point tensor that
+            expands to x's shape without ``dim``. None starts at the first sample itself.
+        reverse: run from the last sample to the first: flip, ema, flip.
+        return_state: return ``(y, state)``. ``state`` is the average after the last sample (the
+            first one in reverse), of x's shape without ``dim``, in float32 for half types and
+            otherwise in x's dtype. Passed on as ``initial_state``, it continues the average.
+
+    Returns:
+        ``y``, of x's shape and dtype and with the strides of ``torch.empty_like(x)``, or
+        ``(y, state)``. Sums are kept in float32 for half types and rounded once. A NaN or an
+        infinity reaches the later samples of its own row and no others. The result is bitwise
+        the same from run to run and for any number of threads.
+
+    Gradients of any order reach x, alpha and initial_state, each in its own shape. With a float
+    alpha nothing of x's size is kept for the backward pass.
+
+    Raises:
+        TypeError: x is no dense tensor of the dtypes above; alpha or initial_state is neither
+            a real number nor such a tensor; dim is no int.
+        ValueError: a float alpha lies outside [0, 1]; alpha or initial_state does not expand;
+            x has no dimension; the state of an empty average without initial_state is asked for.
+        IndexError: dim is out of range.
+        RuntimeError: this build has no kernels for x's device; alpha or initial_state is on
+            another device than x (a 0-dim tensor on the cpu may be).
+        NotImplementedError: alpha varies along ``dim``.
+
+    Example:
+        >>> ema(torch.tensor([1.0, 2.0, 4.0, 8.0]), 0.5)
+        tensor([1.0000, 1.5000, 2.7500, 5.3750])
+    """
+    # A call costs microseconds: the usual one passes these few looks and goes straight on; for
+    # every other one, wrong ones included, _general takes its time.
+    if (
+        type(x) is Tensor
+        and type(alpha) is float
+        and type(dim) is int
+        and initial_state is None
+        and not return_state
+        and x.dtype in _ops.ACCUMULATE_DTYPE
+        and 0.0 <= alpha <= 1.0
+        and -(ndim := x.dim()) <= dim < ndim
+    ):
+        time = dim if dim >= 0 else dim + ndim
+        try:
+            if traced() or (x.requires_grad and torch.is_grad_enabled()):
+                y: Tensor = float_ema(x, alpha, None, time, reverse, False)
+                return y
+            return _ops.ema(x, alpha, None, time, reverse)
+        except NotImplementedError:
+            pass  # no kernel for this device or layout: _general names it
+    return _general(x, alpha, dim, initial_state, reverse, return_state)
+
+
+def _general(
+    x: Any, alpha: Any, dim: Any, initial_state: Any, reverse: bool, return_state: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """ema for every kind of argument."""
+    x = _checks.input_tensor("x", x)
+    dim = _checks.dimension(dim, x)
+    alpha = _checks.smoothing_weight(alpha, x, dim)
+    state = _checks.start_state(initial_state, x, dim)
+    reverse = bool(reverse)
+
+    if return_state and x.shape[dim] == 0:
+        if state is None:
+            raise ValueError(
+                f"return_state: x of shape {tuple(x.shape)} has no sample along dim {dim} and "
+                f"initial_state is None, so there is no state to return"
+            )
+        y = ema(x, alpha, dim=dim, reverse=reverse)
+        return y, _checks.expand_state(state, x, dim).clone()
+
+    arguments = [tensor for tensor in (x, alpha, state) if isinstance(tensor, Tensor)]
+    required = any(tensor.requires_grad for tensor in arguments)
+    if traced() or (required and torch.is_grad_enabled()):
+        if state is not None:
+            state = _checks.expand_state(state, x, dim)
+        compute = float_ema if isinstance(alpha, float) else tensor_ema
+        result: Tensor | tuple[Tensor, Tensor] = compute(
+            x, alpha, state, dim, reverse, return_state
+        )
+        return result
+    if return_state:
+        two = _ops.ema_with_state if isinstance(alpha, float) else _ops.ema_with_state_tensor
+        return two(x, alpha, state, dim, reverse)
+    one = _ops.ema if isinstance(alpha, float) else _ops.ema_tensor
+    return one(x, alpha, state, dim, reverse)

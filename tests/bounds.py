@@ -1,0 +1,317 @@
+"""How far a correct implementation may be from the exact result, derived once for all tests.
+
+Notation: u is the unit roundoff (eps / 2) of the accumulate dtype (float32 for float32, float16 and
+bfloat16; float64 for float64), c = 1 - alpha, and w[n,k] >= 0 the weight of x[k] in y[n].
+
+**Forward.** Every implementation returns sum_k w[n,k] x[k] (1 + theta) with |theta| at most
+(base + per_step * (n - k)) u to first order, `base` counting the roundings each term meets once and
+`per_step` those it meets again at every later step. Hence
+
+    |err[n]| <= u * sum_k (base + per_step * (n - k)) w[n,k] |x[k]|.
+
+With M = ema(|x|) and S[n] = sum_k (n - k) w[n,k] |x[k]|, each step adds one to every age n - k, so
+S[n] = c (S[n-1] + M[n-1]), and the bound is u (base M[n] + per_step S[n]): one more loop. It holds
+at every sample, so a small tail after a large start is held to the tail's own size.
+
+* loop: c and alpha rounded, two products, one sum. A term meets alpha, its product and a sum once
+  and c, a product and a sum at every later step: base 3, per_step 3. At alpha = 1e-5 this
+  per_step is what makes the sequential float32 loop lose four digits.
+* kernel: coefficients come from float64 and the carry is held in more than x's precision, so
+  nothing repeats per step. Once each: coefficient and product (2); four doublings of a 16-sample
+  window, coefficient and fused add (8); carry coefficient, product, sum (3); the state's own
+  rounding (1); the rest of compensation, to second order (2). base 16, that is K = 8 eps.
+* matmul: a rounded weight, a product, and a dot product of n + 1 terms in any order: length + 2.
+  The weight is a power of a rounded c: per_step 1.
+* conv: the same over the kernel's taps, with the first-sample term beside it: taps + 4, per_step 1.
+  What the truncated kernel leaves out weighs less than its eps together: eps * max |x| of the past.
+
+**Backward.** lambda, the adjoint, is the same recurrence run backward over grad_y, so the same
+count applies to it with |grad_y| for |x|. For alpha, d sum = sum_n lambda[n] (x[n] - y[n-1]) is
+wrong by the error of lambda times |x| + M, the error of y times the adjoint of |grad_y|, and the
+summation's own roundings: one per term in the precision of the partial sums, which is float64 for
+the kernels.
+
+**Stored result.** One more rounding, to the result's dtype: its unit roundoff times |result|.
+Underflow costs a smallest subnormal per rounding.
+
+**Row bound** (kernels only): 4 ulp of the row's largest |y|, for every alpha in [1e-5, 1].
+
+The oracle's own error (long double, the loop's count with its u) is added to every bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import oracle
+import torch
+from oracle import Array, Problem, longdouble
+
+#: Worst error / bound seen in this run, by label: printed at the end of the run by conftest.py.
+WORST: dict[str, float] = {}
+
+ULPS = 4
+
+
+@dataclass(frozen=True)
+class Roundings:
+    """How often an implementation rounds: see the module's docstring."""
+
+    base: float
+    per_step: float = 0.0
+    truncation: float = 0.0  # weight left out, as a share of max |x|
+    partials: torch.dtype | None = None  # of sums over time; None: the accumulate dtype
+
+
+LOOP = Roundings(base=3, per_step=3)
+KERNEL = Roundings(base=16, partials=torch.float64)
+
+
+def matmul(length: int) -> Roundings:
+    """A matrix product over `length` samples."""
+    return Roundings(base=length + 2, per_step=1)
+
+
+def conv(taps: int, eps: float) -> Roundings:
+    """A convolution with `taps` taps that leaves out weights of `eps` in all."""
+    return Roundings(base=taps + 4, per_step=1, truncation=eps)
+
+
+@dataclass(frozen=True)
+class GradientBounds:
+    """Bounds on each gradient, shaped like oracle.Gradients."""
+
+    x: Array
+    alpha: Array
+    initial_state: Array | None
+
+
+def pointwise_bound(
+    x: torch.Tensor,
+    alpha: Any,
+    *,
+    dim: int = -1,
+    initial_state: Any = None,
+    reverse: bool = False,
+    roundings: Roundings = KERNEL,
+) -> Array:
+    """Largest |error| allowed to each y of ema(x, ...), in x's shape and stored in x's dtype."""
+    problem = Problem.of(x, alpha, dim, initial_state, reverse)
+    _, error = _forward(problem, roundings, accumulate_dtype(x.dtype))
+    left_out = roundings.truncation * np.maximum.accumulate(np.abs(problem.x), axis=0)
+    y = oracle.outputs(problem)
+    return problem.restore(_stored(y, error + left_out, x.dtype))
+
+
+def gradient_bounds(
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    alpha: Any,
+    *,
+    dim: int = -1,
+    initial_state: Any = None,
+    reverse: bool = False,
+    grad_state: Any = None,
+    roundings: Roundings = KERNEL,
+) -> GradientBounds:
+    """Largest |error| allowed to the gradients of ema(x, ...), each stored in its own dtype."""
+    problem = Problem.of(x, alpha, dim, initial_state, reverse)
+    dtype = accumulate_dtype(x.dtype)
+    exact = oracle.ema_backward(
+        grad_y,
+        x,
+        alpha,
+        dim=dim,
+        initial_state=initial_state,
+        reverse=reverse,
+        grad_state=grad_state,
+    )
+    carried, carried_error = _backward(problem, grad_y, grad_state, roundings, dtype)
+    if not len(carried):
+        return GradientBounds(exact.x, exact.alpha, exact.initial_state)
+    weight = np.abs(problem.weight).copy()
+    if problem.start is None:
+        weight[0] = 1
+    grad_x = problem.restore(weight * carried_error)
+
+    size, size_error = _forward(problem, roundings, dtype)
+    first = problem.x[0] if problem.start is None else problem.start
+    before = np.concatenate([np.abs(first)[None], size[:-1]])
+    before_error = np.concatenate([np.zeros_like(first)[None], size_error[:-1]])
+    span = np.abs(problem.x) + before
+    count = problem.x.size * unit(roundings.partials or dtype) + 2 * unit(dtype)
+    terms = carried_error * span + carried * (before_error + count * span)
+    grad_alpha = _stored(exact.alpha, problem.to_alpha(terms), _dtype(alpha))
+
+    grad_start = None
+    if exact.initial_state is not None:
+        error = problem.to_start(np.abs(problem.keep[0]) * carried_error[0])
+        grad_start = _stored(exact.initial_state, error, _dtype(initial_state))
+    return GradientBounds(_stored(exact.x, grad_x, x.dtype), grad_alpha, grad_start)
+
+
+def row_bound(y: Array, dtype: torch.dtype, dim: int = -1) -> Array:
+    """4 ulp (in `dtype`) of the largest finite |y| of each row, expanded to y's shape."""
+    if not y.size:
+        return np.zeros_like(y)
+    peak = np.where(np.isfinite(y), np.abs(y), 0).max(axis=dim, keepdims=True)
+    peak = np.maximum(peak, torch.finfo(dtype).tiny)
+    ulp = np.exp2(np.floor(np.log2(peak))) * torch.finfo(dtype).eps
+    return np.broadcast_to(ULPS * ulp, y.shape)
+
+
+def assert_within(actual: torch.Tensor, expected: Any, bound: Any, label: str) -> None:
+    """|actual - expected| <= bound everywhere; NaN and each infinity where, and only where,
+    expected.
+
+    Adds the worst error / bound to the table under `label` and actual's dtype.
+    """
+    got, want = longdouble(actual), longdouble(expected)
+    assert got.shape == want.shape, f"{label}: shape {got.shape}, expected {want.shape}"
+    allowed = np.broadcast_to(longdouble(bound), want.shape)
+    finite = np.isfinite(want)
+    same = np.where(finite, np.isfinite(got), (got == want) | (np.isnan(got) & np.isnan(want)))
+    if not same.all():
+        where = tuple(int(i) for i in np.argwhere(~same)[0])
+        raise AssertionError(f"{label}: {got[where]} where {want[where]} is due, at {where}")
+    error, limit = np.abs(got[finite] - want[finite]), allowed[finite]
+    assert not np.isnan(limit).any(), f"{label}: the bound is NaN where the result is finite"
+    ratio = np.divide(error, limit, out=np.where(error > 0, np.inf, 0.0), where=limit > 0)
+    worst = float(ratio.max()) if ratio.size else 0.0
+    key = f"{label} {str(actual.dtype).removeprefix('torch.')}"
+    WORST[key] = max(WORST.get(key, 0.0), worst)
+    if worst > 1:
+        i = int(ratio.argmax())
+        where = tuple(int(j) for j in np.argwhere(finite)[i])
+        raise AssertionError(
+            f"{label}: error is {worst:.3g} times the bound at {where}: got {got[where]}, "
+            f"expected {want[where]}, error {error[i]:.3g}, bound {limit[i]:.3g}"
+        )
+
+
+def check_forward(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    alpha: Any,
+    *,
+    dim: int = -1,
+    initial_state: Any = None,
+    reverse: bool = False,
+    roundings: Roundings = KERNEL,
+    label: str = "kernel",
+) -> None:
+    """Hold y = ema(x, ...) to the oracle: pointwise and, for kernels, by row."""
+    options = {"dim": dim, "initial_state": initial_state, "reverse": reverse}
+    expected = oracle.ema(x, alpha, **options)
+    bound = pointwise_bound(x, alpha, roundings=roundings, **options)
+    assert_within(y, expected, bound, f"{label} y")
+    if roundings is KERNEL:
+        assert_within(y, expected, row_bound(expected, y.dtype, dim), f"{label} y by row")
+
+
+def check_backward(
+    grads: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    grad_y: torch.Tensor,
+    x: torch.Tensor,
+    alpha: Any,
+    *,
+    dim: int = -1,
+    initial_state: Any = None,
+    reverse: bool = False,
+    grad_state: Any = None,
+    roundings: Roundings = KERNEL,
+    label: str = "kernel",
+) -> None:
+    """Hold the gradients (to x, alpha, initial_state; None: not asked for) to the oracle."""
+    options = {
+        "dim": dim, "initial_state": initial_state, "reverse": reverse, "grad_state": grad_state
+    }  # fmt: skip
+    exact = oracle.ema_backward(grad_y, x, alpha, **options)
+    bounds = gradient_bounds(grad_y, x, alpha, roundings=roundings, **options)
+    for name, grad in zip(("x", "alpha", "initial_state"), grads, strict=True):
+        if grad is not None:
+            expected, bound = getattr(exact, name), getattr(bounds, name)
+            assert_within(grad, expected, bound, f"{label} grad {name}")
+
+
+def conv_backward(
+    grad_y: torch.Tensor, x: torch.Tensor, alpha: float, roundings: Roundings
+) -> tuple[Array, Array]:
+    """EMAConv's gradient to x: the exact one, and the bound with what the short kernel leaves out.
+
+    The backward leaves out the same weights: for x[k], k > 0, those of later samples, at most
+    `truncation` times the largest |grad_y|; x[0], whose weight in y[n] is (1 - alpha)**n, loses
+    all of them together, a sum of 1 / alpha times as much.
+    """
+    exact = oracle.ema_backward(grad_y, x, alpha).x
+    bound = gradient_bounds(grad_y, x, alpha, roundings=roundings).x
+    left_out = roundings.truncation * np.abs(longdouble(grad_y)).max(axis=-1, keepdims=True)
+    left_out = np.repeat(left_out, x.shape[-1], axis=-1)
+    left_out[..., 0] /= alpha
+    return exact, bound + left_out
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that states are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit(dtype: torch.dtype) -> float:
+    """Unit roundoff."""
+    return torch.finfo(dtype).eps / 2
+
+
+def _forward(problem: Problem, roundings: Roundings, dtype: torch.dtype) -> tuple[Array, Array]:
+    """ema(|x|) and the error bound, time first, before the result is stored."""
+    drive = np.abs(problem.weight * problem.x)
+    if len(drive):
+        if problem.start is None:
+            drive[0] = np.abs(problem.x[0])
+        else:
+            drive[0] += np.abs(problem.keep[0] * problem.start)
+    return _aged_sum(np.abs(problem.keep), drive, roundings, dtype)
+
+
+def _backward(
+    problem: Problem, grad_y: Any, grad_state: Any, roundings: Roundings, dtype: torch.dtype
+) -> tuple[Array, Array]:
+    """The adjoint of |grad_y| and its error bound, time first (the problem's own direction)."""
+    drive = np.abs(Problem.of(grad_y, 0.0, problem.dim, None, problem.reverse).x[::-1]).copy()
+    if len(drive) and grad_state is not None:
+        drive[0] += np.abs(longdouble(grad_state))
+    keep = np.abs(np.roll(problem.keep, -1, axis=0))[::-1]
+    size, error = _aged_sum(keep, drive, roundings, dtype)
+    return size[::-1], error[::-1]
+
+
+def _aged_sum(
+    keep: Array, drive: Array, roundings: Roundings, dtype: torch.dtype
+) -> tuple[Array, Array]:
+    """total[n] = keep total + drive, and u * sum (base + per_step * age) * contribution."""
+    size, error = np.empty_like(drive), np.empty_like(drive)
+    here, exact = unit(dtype), oracle.UNIT
+    base = here * roundings.base + exact * LOOP.base
+    per_step = here * roundings.per_step + exact * LOOP.per_step
+    tiny = longdouble(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+    total = aged = floor = np.zeros(drive.shape[1:], np.longdouble)
+    with np.errstate(all="ignore"):
+        for n in range(len(drive)):
+            aged = keep[n] * (aged + total)
+            total = keep[n] * total + drive[n]
+            floor = keep[n] * floor + (roundings.base + roundings.per_step) * tiny
+            size[n] = total
+            error[n] = base * total + per_step * aged + floor
+    return size, error
+
+
+def _stored(value: Array, error: Array, dtype: torch.dtype) -> Array:
+    """The error bound once the value is rounded to dtype."""
+    info = torch.finfo(dtype)
+    with np.errstate(all="ignore"):
+        return error + unit(dtype) * (np.abs(value) + error) + info.smallest_normal * info.eps
+
+
+def _dtype(value: Any) -> torch.dtype:
+    return value.dtype if isinstance(value, torch.Tensor) else torch.float64

@@ -1,0 +1,46 @@
+"""Bitwise the same from run to run and for any number of threads: outputs and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import DTYPES, signal
+from torch import Tensor
+
+from ema_ext import ema
+
+
+@pytest.fixture(autouse=True)
+def _restored_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def everything(x: Tensor, dim: int, learned: bool) -> list[Tensor]:
+    """y, the state, and the gradients to all arguments."""
+    x = x.detach().requires_grad_()
+    alpha = torch.full([], 0.01, requires_grad=learned) if learned else 0.01
+    y, state = ema(x, alpha, dim=dim, return_state=True)
+    inputs = [x, alpha] if isinstance(alpha, Tensor) else [x]
+    return [y, state, *torch.autograd.grad(y.float().square().sum() + state.sum(), inputs)]
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((2_000_003,), 0), ((3, 300_001), 1), ((4099, 70), 1), ((5000, 130), 0)]
+)
+def test_any_number_of_threads(
+    shape: tuple[int, ...], dim: int, dtype: torch.dtype, learned: bool
+) -> None:
+    """Catches a cut in time, or an order of sums, that follows the number of threads."""
+    x = signal(*shape, dtype=dtype)
+    torch.set_num_threads(1)
+    expected = everything(x, dim, learned)
+    for threads in (2, 3, 8, 1):
+        torch.set_num_threads(threads)
+        for got, want in zip(everything(x, dim, learned), expected, strict=True):
+            assert torch.equal(got, want)
