@@ -134,7 +134,7 @@ def measure(rows: list[Version], matrix: WeightEMA, options: argparse.Namespace)
             once = seconds(version, which, x, 1)
             version.times[which, length] = once
             repeats = max(1, round(options.sample / once))
-            rounds = max(0, min(options.rounds, int(options.budget / (once * repeats))))
+            rounds = min(options.rounds, round(options.budget / (once * repeats)))
             runnable.append((version, repeats, rounds))
         for turn in range(options.rounds):
             for version, repeats, rounds in order.sample(runnable, len(runnable)):
@@ -219,8 +219,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("forum.png"), help="the plot, a PNG")
     parser.add_argument("--max-seconds", type=float, default=6.0, help="longest call allowed")
     parser.add_argument("--max-gib", type=float, default=3.0, help="memory allowed to the matrix")
-    parser.add_argument("--rounds", type=int, default=15, help="timings per cell, at most")
-    parser.add_argument("--budget", type=float, default=0.3, help="seconds for a cell's rounds")
+    parser.add_argument("--rounds", type=int, default=25, help="timings per cell, at most")
+    parser.add_argument("--budget", type=float, default=0.8, help="seconds for a cell's rounds")
     parser.add_argument(
         "--sample", type=float, default=2e-3, help="seconds of one timing, at least"
     )

@@ -21,10 +21,11 @@ def check_machine() -> None:
     if (system(), machine()) != ("Linux", "x86_64"):
         sys.exit(f"ema_ext builds on Linux x86-64 only; this is {system()} {machine()}.")
     compiler = os.environ.get("CXX", "c++")
-    # This option is GCC's alone: the kernels choose their instruction sets by GCC's pragmas.
+    # This option is GCC's alone, and so are the pragmas by which the kernels choose their
+    # instruction sets. __builtin_shufflevector and _Float16 came with GCC 12.
     version = _output(f"{compiler} -dumpfullversion").partition(".")[0]
-    if not version.isdigit() or int(version) < 11:
-        sys.exit(f"ema_ext needs g++ 11 or newer, and `{compiler}` is not: install g++ or set CXX.")
+    if not version.isdigit() or int(version) < 12:
+        sys.exit(f"ema_ext needs g++ 12 or newer, and `{compiler}` is not: install g++ or set CXX.")
 
 
 @dataclass

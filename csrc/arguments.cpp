@@ -22,8 +22,8 @@ Tensor empty_strided(const Tensor& like, ScalarType dtype, const std::vector<int
   AtenTensorHandle handle = nullptr;
   const auto device = like.device();
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      static_cast<int32_t>(dtype), static_cast<int32_t>(device.type()), device.index(), &handle));
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(dtype),
+      static_cast<int32_t>(device.type()), device.index(), &handle));
   return Tensor(handle);
 }
 
@@ -41,8 +41,7 @@ Tensor empty_without_dim(const Tensor& x, int64_t dim, ScalarType dtype) {
 }  // namespace
 
 void check_samples(const Tensor& x, int64_t dim) {
-  STD_TORCH_CHECK(is_supported(x.scalar_type()),
-                  "x must be float32, float64, float16 or bfloat16");
+  STD_TORCH_CHECK(is_supported(x.scalar_type()), "x must be float32, float64, float16 or bfloat16");
   STD_TORCH_CHECK(x.layout() == torch::headeronly::Layout::Strided, "x must be a strided tensor");
   STD_TORCH_CHECK(x.dim() <= kMaxDims, "x has ", x.dim(), " dimensions, more than ", kMaxDims);
   STD_TORCH_CHECK(dim >= 0 && dim < x.dim(), "dim must lie in [0, ", x.dim(), "), and is ", dim);
@@ -124,14 +123,14 @@ void ProblemBuilder::add_strides(Operand& operand, const Tensor& tensor, int64_t
       STD_TORCH_CHECK(size == 1, name, " must be constant in time, and has ", size, " samples");
     } else {
       const int64_t full = problem.sizes[row_axis];
-      STD_TORCH_CHECK(size == 1 || size == full, name, " of size ", size,
-                      " does not broadcast to ", full);
+      STD_TORCH_CHECK(size == 1 || size == full, name, " of size ", size, " does not broadcast to ",
+                      full);
       operand.row_strides[row_axis++] = stride;
     }
   }
 }
 
-void ProblemBuilder::samples(Operand Problem::*operand, const Tensor& tensor) {
+void ProblemBuilder::samples(Operand Problem::* operand, const Tensor& tensor) {
   Operand& to = problem.*operand;
   to.data = tensor.data_ptr();
   to.dtype = dtype_of(tensor);
@@ -142,8 +141,8 @@ void ProblemBuilder::samples(Operand Problem::*operand, const Tensor& tensor) {
       to.row_strides[row_axis++] = tensor.stride(d);
   }
   if (reverse_ && problem.length > 0) {
-    to.data = static_cast<char*>(to.data) +
-              (problem.length - 1) * to.time_stride * bytes_of(to.dtype);
+    to.data =
+        static_cast<char*>(to.data) + (problem.length - 1) * to.time_stride * bytes_of(to.dtype);
     to.time_stride = -to.time_stride;
   }
 }
@@ -152,14 +151,14 @@ void ProblemBuilder::coefficient(const Tensor& tensor) {
   add_strides(problem.coefficient, tensor, x_.dim(), /*has_time=*/true, "the coefficient");
 }
 
-void ProblemBuilder::per_row(Operand Problem::*operand, const Tensor& tensor, const char* name) {
+void ProblemBuilder::per_row(Operand Problem::* operand, const Tensor& tensor, const char* name) {
   add_strides(problem.*operand, tensor, x_.dim() - 1, /*has_time=*/false, name);
 }
 
 Problem ProblemBuilder::finish() {
-  Operand* operands[] = {&problem.x,         &problem.y,     &problem.coefficient,
-                         &problem.start,     &problem.state, &problem.forward_x,
-                         &problem.forward_start, &problem.grad_coefficient};
+  Operand* operands[] = {
+      &problem.x,     &problem.y,         &problem.coefficient,   &problem.start,
+      &problem.state, &problem.forward_x, &problem.forward_start, &problem.grad_coefficient};
   int kept = 0;
   for (int d = 0; d < problem.ndim; ++d) {
     if (problem.sizes[d] == 1) continue;

@@ -1,7 +1,7 @@
 // From an operator's tensors to the Problem that kernels receive: checks, outputs, strides.
 //
-// The public functions have raised on users' mistakes before (ema_ext/functional.py); the checks here
-// keep a direct call of a registered operator from reading or writing out of bounds.
+// The public functions have raised on users' mistakes before (ema_ext/functional.py); the checks
+// here keep a direct call of a registered operator from reading or writing out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -38,11 +38,11 @@ class ProblemBuilder {
   ProblemBuilder(Op op, const Tensor& x, int64_t dim, bool reverse);
 
   // A tensor of x's shape, read or written sample by sample.
-  void samples(Operand Problem::*operand, const Tensor& tensor);
+  void samples(Operand Problem::* operand, const Tensor& tensor);
   // A tensor that broadcasts to x's shape and is constant in time.
   void coefficient(const Tensor& tensor);
   // A tensor that broadcasts to x's shape without `dim`.
-  void per_row(Operand Problem::*operand, const Tensor& tensor, const char* name);
+  void per_row(Operand Problem::* operand, const Tensor& tensor, const char* name);
 
   Problem finish();
 

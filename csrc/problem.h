@@ -33,10 +33,10 @@ struct Operand {
 };
 
 enum class Op : int8_t {
-  kEma,                // y[n] = (1 - coefficient) * y[n-1] + coefficient * x[n]
-  kLinearRecurrence,   // y[n] = coefficient * y[n-1] + x[n]
-  kEmaBackward,        // the adjoint of kEma: lambda[n] = (1 - coefficient) * lambda[n-1] + x[n],
-                       // y[n] = coefficient * lambda[n], run along reversed time
+  kEma,               // y[n] = (1 - coefficient) * y[n-1] + coefficient * x[n]
+  kLinearRecurrence,  // y[n] = coefficient * y[n-1] + x[n]
+  kEmaBackward,       // the adjoint of kEma: lambda[n] = (1 - coefficient) * lambda[n-1] + x[n],
+                      // y[n] = coefficient * lambda[n], run along reversed time
 };
 
 struct Problem {

@@ -24,7 +24,7 @@ and that of alpha adds a linear_recurrence driven by tangent * (x[n] - y[n-1]).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,17 +36,13 @@ from ema_ext import _ops
 Context = Any  # torch's FunctionCtx; its attributes are made by those who set them
 
 
-class Rule(Protocol):
+class Rule:
     """One differentiable function: how to compute it and what it needs for its derivatives."""
 
-    @staticmethod
-    def compute(*arguments: Any) -> Any: ...
-    @staticmethod
-    def remember(ctx: Context, arguments: tuple[Any, ...], output: Any) -> None: ...
-    @staticmethod
-    def backward(ctx: Context, *gradients: Any) -> Any: ...
-    @staticmethod
-    def jvp(ctx: Context, *tangents: Any) -> Any: ...
+    compute: Callable[..., Any]
+    remember: Callable[..., None]  # (ctx, arguments, output)
+    backward: Callable[..., Any]  # (ctx, *gradients)
+    jvp: Callable[..., Any]  # (ctx, *tangents)
 
 
 def transforms_active() -> bool:
@@ -81,12 +77,12 @@ def function(rule: type[Rule]) -> Callable[..., Any]:
         rule.remember(ctx, arguments, output)
         return output
 
-    plain: Any = type(Function)(
+    plain: Any = type(
         rule.__name__,
         (Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(rule.backward)},
     )
-    transformed: Any = type(Function)(
+    transformed: Any = type(
         rule.__name__,
         (Function,),
         {
@@ -109,8 +105,7 @@ def function(rule: type[Rule]) -> Callable[..., Any]:
     return apply
 
 
-@function
-class float_ema:  # noqa: N801 - the decorator makes a function of it
+class FloatEMA(Rule):
     """ema with a Python float as alpha: linear in x and initial_state, hence nothing is saved.
 
     Arguments: x, alpha, initial_state, dim, reverse, return_state.
@@ -129,7 +124,7 @@ class float_ema:  # noqa: N801 - the decorator makes a function of it
         return op(x, alpha, initial_state, dim, reverse)
 
     @staticmethod
-    def remember(ctx: Context, arguments: tuple[Any, ...], output: Any) -> None:
+    def remember(ctx: Context, arguments: tuple[Any, ...], _: Any) -> None:
         _, alpha, initial_state, dim, reverse, ctx.return_state = arguments
         ctx.problem = alpha, initial_state is not None, dim, reverse
 
@@ -146,8 +141,7 @@ class float_ema:  # noqa: N801 - the decorator makes a function of it
         return float_ema(x, alpha, initial_state, dim, reverse, ctx.return_state)
 
 
-@function
-class float_adjoint:  # noqa: N801
+class FloatAdjoint(Rule):
     """The transposed linear map of float_ema; its own transpose is float_ema again.
 
     Arguments: grad_y, grad_state, alpha, has_initial_state, dim, reverse.
@@ -158,7 +152,7 @@ class float_adjoint:  # noqa: N801
         return _ops.ema_backward(grad_y, grad_state, *problem)
 
     @staticmethod
-    def remember(ctx: Context, arguments: tuple[Any, ...], output: Any) -> None:
+    def remember(ctx: Context, arguments: tuple[Any, ...], _: Any) -> None:
         _, grad_state, *ctx.problem = arguments
         ctx.has_grad_state = grad_state is not None
 
@@ -175,8 +169,7 @@ class float_adjoint:  # noqa: N801
         return float_adjoint(grad_y, grad_state, *ctx.problem)
 
 
-@function
-class tensor_ema:  # noqa: N801
+class TensorEMA(Rule):
     """ema with a tensor as alpha; keeps x only where alpha wants a derivative.
 
     Arguments: x, alpha, initial_state, dim, reverse, return_state.
@@ -195,7 +188,7 @@ class tensor_ema:  # noqa: N801
         return op(x, alpha, initial_state, dim, reverse)
 
     @staticmethod
-    def remember(ctx: Context, arguments: tuple[Any, ...], output: Any) -> None:
+    def remember(ctx: Context, arguments: tuple[Any, ...], _: Any) -> None:
         x, alpha, initial_state, *ctx.problem = arguments
         kept = x if ctx.needs_input_grad[1] or transforms_active() else None
         ctx.save_for_backward(kept, alpha, initial_state)
@@ -242,8 +235,7 @@ class tensor_ema:  # noqa: N801
         return y_t, state_t + through_alpha.select(dim, ends(x.shape[dim], reverse)[1])
 
 
-@function
-class linear_recurrence:  # noqa: N801
+class LinearRecurrence(Rule):
     """y[n] = a * y[n-1] + b[n] from y[-1] = 0, a constant in time; y has the dtype of b.
 
     Its derivatives are made of itself and of elementwise products, hence there are all orders.
@@ -349,3 +341,9 @@ def previous(y: Tensor, start: Tensor | None, dim: int, reverse: bool) -> Tensor
 def accumulate_dtype(x: Tensor) -> torch.dtype:
     """The dtype of x's state."""
     return _ops.ACCUMULATE_DTYPE[x.dtype]
+
+
+float_ema = function(FloatEMA)
+float_adjoint = function(FloatAdjoint)
+tensor_ema = function(TensorEMA)
+linear_recurrence = function(LinearRecurrence)

@@ -53,9 +53,11 @@ def cuda_unavailable_reason() -> str | None:
     """Why there are no CUDA kernels and what builds them; None where there are."""
     if torch._C._dispatch_has_kernel_for_dispatch_key("ema_ext::ema", "CUDA"):
         return None
-    reason = load().build_info()["cuda_reason"]
+    built = load().build_info()
+    if built["cuda"]:
+        return f"ema_ext {__version__}, though built with nvcc {built['nvcc']}, has no CUDA kernels"
     return (
-        f"this build of ema_ext has no CUDA kernels ({reason}); given nvcc,"
+        f"this build of ema_ext has no CUDA kernels ({built['cuda_reason']}); given nvcc,"
         " `EMA_EXT_CUDA=1 pip install .` in its source folder builds them"
     )
 

@@ -115,9 +115,10 @@ _ROLES = {
 
 
 def _batched(value: Tensor, at: int | None, size: int, rank: int) -> Tensor:
-    """``value`` with the dimension ``at`` of vmap in front of ``rank`` others, made where absent."""
+    """``value`` with vmap's dimension, from ``at`` or made, in front of ``rank`` others."""
     value = value.expand(size, *value.shape) if at is None else value.movedim(at, 0)
-    return value[(slice(None), *[None] * (rank + 1 - value.dim()))]
+    ones = [1] * (rank + 1 - value.dim())
+    return value.reshape(size, *ones, *value.shape[1:])
 
 
 def _batching_rule(operator: str) -> Callable[..., Any]:

@@ -100,9 +100,9 @@ def ema_matmul(x: Tensor, alpha: float | Tensor, *, weights: Tensor | None = Non
     """The weight matrix times x, along the last dimension.
 
     length**2 weights in memory: 40 GB of float32 at 100 000 samples, and several times that while
-    they are made in float64. The zeros above the diagonal meet every later sample, so a NaN or an infinity
-    makes outputs NaN *before* it too. Differentiable in x and alpha. float16 and bfloat16 are
-    multiplied in float32.
+    they are made in float64. The zeros above the diagonal meet every later sample, so a NaN or an
+    infinity makes outputs NaN *before* it too. Differentiable in x and alpha. float16 and bfloat16
+    are multiplied in float32.
 
     Args:
         x: float tensor of shape (..., length).

@@ -151,7 +151,7 @@ def test_other_machines_are_refused(
 
 
 @pytest.mark.parametrize(
-    "script", ["exit 1", "echo 4.8.5", "echo clang"], ids=["fails", "too old", "no version"]
+    "script", ["exit 1", "echo 11.4.0", "echo clang"], ids=["fails", "too old", "no version"]
 )
 def test_other_compilers_are_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str
@@ -161,10 +161,10 @@ def test_other_compilers_are_refused(
     compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(SystemExit, match=r"needs g\+\+ 11 or newer"):
+    with pytest.raises(SystemExit, match=r"needs g\+\+ 12 or newer"):
         machine.check_machine()
     monkeypatch.setenv("CXX", str(tmp_path / "missing"))
-    with pytest.raises(SystemExit, match=r"needs g\+\+ 11 or newer"):
+    with pytest.raises(SystemExit, match=r"needs g\+\+ 12 or newer"):
         machine.check_machine()
 
 

@@ -80,7 +80,8 @@ def test_tensor_alpha_outside_the_unit_interval(dtype: torch.dtype) -> None:
     """Catches log1p(-alpha) = NaN above 1, and a carry cut off where |c| >= 1."""
     alpha = torch.tensor([[-0.01], [0.0], [1.0], [1.5], [1.99], [2.01]], dtype=dtype)
     x = signal(6, 300, dtype=dtype)
-    bounds.check_forward(ema(x, alpha), x, alpha)
+    # Where |c| > 1 the roundings of c grow with the signal, as in the loop whose values are due.
+    bounds.check_forward(ema(x, alpha), x, alpha, roundings=bounds.LOOP, label="alpha outside")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -121,7 +121,8 @@ def test_create_graph_changes_no_gradient(
     It rounds as a loop may: products in the accumulate dtype after the scan, sums over time in it.
     """
     x = signal(3, 4, 70, dtype=dtype).requires_grad_()
-    alpha = signal(4, 1, seed=1).sigmoid().requires_grad_()
+    # so small that 1 - alpha, formed in a half type, would be 1
+    alpha = (signal(4, 1, seed=1).sigmoid() / 500).to(dtype).requires_grad_()
     s = signal(3, 4, seed=2).requires_grad_() if with_state else None
     grad_y = signal(3, 4, 70, dtype=dtype, seed=3)
     inputs = [x, alpha] if s is None else [x, alpha, s]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -99,9 +100,18 @@ def test_stale_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sdist_holds_the_sources_and_nothing_else(tmp_path: Path) -> None:
-    """Catches a source left out of MANIFEST.in, and built or cached files packed into the sdist."""
+    """Catches a source left out of MANIFEST.in, and built or cached files packed into the sdist.
+
+    The tree is copied without its egg-info folder, whose list of files setuptools would reuse.
+    """
+    left_behind = shutil.ignore_patterns(".git", ".*cache", ".venv", "build", "*.egg-info")
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT, tree, ignore=left_behind)
+    (tree / "tests" / "__pycache__").mkdir(exist_ok=True)
+    (tree / "tests" / "__pycache__" / "stray.pyc").touch()
+    (tree / "csrc" / "stray.so").touch()
     build = "import ema_ext_build, sys; ema_ext_build.build_sdist(sys.argv[1])"
-    result = python("-c", build, str(tmp_path), cwd=ROOT, path=ROOT / "build_backend")
+    result = python("-c", build, str(tmp_path), cwd=tree, path=tree / "build_backend")
     assert result.returncode == 0, result.stderr
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}

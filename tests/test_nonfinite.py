@@ -11,6 +11,9 @@ from cases import DTYPES, signal
 
 from ema_ext import ema
 
+# numpy's, where a bound is taken of an infinity
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -36,8 +36,8 @@ def smooth(f: Filter) -> Callable[..., Any]:
 
 
 def fixed(f: Filter) -> Callable[..., Any]:
-    """f with a float alpha."""
-    return lambda x, alpha, s: f(x, 0.3, initial_state=s)
+    """f with a float alpha, whatever alpha is given."""
+    return lambda x, _, s: f(x, 0.3, initial_state=s)
 
 
 ALL = (0, 1, 2)
@@ -86,7 +86,7 @@ def test_as_the_loop(name: str) -> None:
 @pytest.mark.parametrize("batched", [(0, None), (None, 0), (0, 0)])
 @pytest.mark.parametrize("shape", [(), (4, 1), (3, 1, 1)])
 def test_vmap_over_either_argument(batched: Any, shape: tuple[int, ...]) -> None:
-    """Catches an alpha aligned with the dimension that vmap adds; its gradient has its own shape."""
+    """Catches an alpha aligned with vmap's dimension; its gradient has its own shape."""
     x = signal(*([2] if batched[0] == 0 else []), 3, 4, 9)
     alpha = signal(*([2] if batched[1] == 0 else []), *shape, seed=1).sigmoid()
     got = vmap(grad(energy(ema), (0, 1)), batched)(x, alpha)
@@ -123,8 +123,9 @@ def test_forward_and_batched_modes(reverse: bool, alpha: float | Tensor) -> None
 
 def test_forward_over_forward_with_a_tensor_alpha_is_refused() -> None:
     """Catches what torch computes there: the inner tangent taken for a constant, silently."""
+    x, alpha = signal(3, 5), torch.tensor(0.3).double()
     with pytest.raises(RuntimeError, match="forward mode over forward mode"):
-        jacfwd(jacfwd(lambda alpha: ema(signal(3, 5), alpha)))(torch.tensor(0.3).double())
+        jacfwd(jacfwd(lambda alpha: ema(x, alpha)))(alpha)
 
 
 @pytest.fixture
@@ -161,5 +162,5 @@ def test_compiled(learned: bool) -> None:
 def test_transforms_inside_compile_are_refused(transform: Callable[..., Any]) -> None:
     """Catches the zeros that a compiled transform of a custom function gives, without a word."""
     compiled = torch.compile(transform(lambda x: ema(x, 0.3)), fullgraph=True, backend="aot_eager")
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="transforms inside torch.compile"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"transforms inside torch\.compile"):
         compiled(signal(3, 5))

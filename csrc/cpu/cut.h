@@ -68,10 +68,10 @@ template <class Storage>
 void finish_rows(const Problem& problem, int64_t begin, int64_t end, const SegmentEnd* ends) {
   for_rows<Storage>(problem, begin, end,
                     [&](const auto& scan, const auto& row, const RowCursor& at, int64_t first) {
-                      if (!scan.fits) return write_end(problem, at, walk_row(problem, row));
-                      SegmentEnd whole;
-                      for (int64_t i = 0; i < segments(problem); ++i) whole.append(ends[first + i]);
-                      write_end(problem, at, scan.finish(row, whole));
+                      if (!scan.fits) return write_end(problem, at, walk_row<Storage>(problem, at));
+                      SegmentEnd whole = ends[first];
+                      for (int64_t i = 1; i < segments(problem); ++i) whole.append(ends[first + i]);
+                      write_end(problem, at, scan.finish(row, at, whole));
                     });
 }
 

@@ -165,9 +165,9 @@ void add_rows(const Problem& problem) {
 }
 
 // The problem of the adjoint: the scan of grad_y along the other direction of time.
-ProblemBuilder adjoint(const Tensor& grad_y, const OptionalTensor& grad_state,
-                       const Tensor& grad_x, const Tensor& grad_initial_state,
-                       bool has_initial_state, int64_t dim, bool reverse) {
+ProblemBuilder adjoint(const Tensor& grad_y, const OptionalTensor& grad_state, const Tensor& grad_x,
+                       const Tensor& grad_initial_state, bool has_initial_state, int64_t dim,
+                       bool reverse) {
   ProblemBuilder builder(Op::kEmaBackward, grad_y, dim, !reverse);
   builder.problem.has_initial_state = has_initial_state;
   builder.samples(&Problem::y, grad_x);
@@ -208,8 +208,8 @@ std::tuple<Tensor, Tensor> ema_backward(const Tensor& grad_y, const OptionalTens
   Tensor grad_x = empty_output(grad_y);
   Tensor grad_initial_state = empty_state(grad_y, dim);
 
-  ProblemBuilder builder = adjoint(grad_y, grad_state, grad_x, grad_initial_state,
-                                   has_initial_state, dim, reverse);
+  ProblemBuilder builder =
+      adjoint(grad_y, grad_state, grad_x, grad_initial_state, has_initial_state, dim, reverse);
   builder.problem.value = alpha;
 
   run(builder.finish());
@@ -217,9 +217,11 @@ std::tuple<Tensor, Tensor> ema_backward(const Tensor& grad_y, const OptionalTens
   return {grad_x, grad_initial_state};
 }
 
-std::tuple<Tensor, Tensor, Tensor> ema_backward_tensor(
-    const Tensor& grad_y, const OptionalTensor& grad_state, const Tensor& x, const Tensor& alpha,
-    const OptionalTensor& initial_state, int64_t dim, bool reverse) {
+std::tuple<Tensor, Tensor, Tensor> ema_backward_tensor(const Tensor& grad_y,
+                                                       const OptionalTensor& grad_state,
+                                                       const Tensor& x, const Tensor& alpha,
+                                                       const OptionalTensor& initial_state,
+                                                       int64_t dim, bool reverse) {
   check_samples(grad_y, dim);
   if (grad_state.has_value()) check_companion("grad_state", *grad_state, grad_y);
   check_like("x", x, grad_y);

@@ -7,44 +7,67 @@
 
 namespace ema_ext::cpu::EMA_EXT_LEVEL {
 
-// Walks rows `at` and the N * M - 1 after it along the innermost axis.
-template <class Storage, int N, int M>
-void walk_lanes(const Problem& problem, RowCursor& at) {
-  alignas(64) double coefficient[N * M], start[N * M], forward_start[N * M];
-  const Row<Storage> first(problem, at);
-  RowCursor lane = at;
-  for (int i = 0; i < N * M; ++i, lane.advance()) {
-    const Row<Storage> row(problem, lane);
-    coefficient[i] = row.coefficient;
-    start[i] = row.start;
-    forward_start[i] = row.forward_start;
+// Up to Count blocks of one size, without the need of an empty one.
+template <class Block, int Count>
+class Blocks {
+ public:
+  explicit Blocks(const Problem& problem) : problem_(problem) {}
+
+  // Takes blocks from the next `rows` rows while a whole one fits; returns the rows left.
+  int64_t take(int64_t rows, RowCursor& at) {
+    for (; rows >= Block::kRows; rows -= Block::kRows) new (place(count_++)) Block(problem_, at);
+    return rows;
   }
-  Block<Storage, N, M> block{problem, first.x, first.y, first.forward_x, {}, {}, {}, {}, {}};
-  std::memcpy(block.coefficient, coefficient, sizeof coefficient);
-  std::memcpy(block.start, start, sizeof start);
-  std::memcpy(block.forward_start, forward_start, sizeof forward_start);
-  block.run();
-  std::memcpy(coefficient, block.state, sizeof coefficient);
-  std::memcpy(start, block.grad_coefficient, sizeof start);
-  for (int i = 0; i < N * M; ++i, at.advance()) write_end(problem, at, {coefficient[i], start[i]});
+  void walk(int64_t begin, int64_t end) {
+    for (int i = 0; i < count_; ++i) place(i)->walk(begin, end);
+  }
+  void write_ends() {
+    for (int i = 0; i < count_; ++i) place(i)->write_ends();
+  }
+
+ private:
+  Block* place(int i) { return reinterpret_cast<Block*>(memory_) + i; }
+
+  const Problem& problem_;
+  int count_ = 0;
+  alignas(Block) char memory_[Count * sizeof(Block)];
+};
+
+// `rows` neighbouring rows from `at` on: all blocks pass through a stretch of time before any goes
+// on to the next, so that memory is met in long runs.
+template <class Storage>
+void walk_lanes(const Problem& problem, RowCursor at, int64_t rows) {
+  constexpr int kN = kLanes<double>, kWide = kLanesPerBlock / kN;
+  Blocks<Block<Storage, kN, kWide>, kBlocksPerWalk> wide(problem);
+  Blocks<Block<Storage, kN, 1>, kWide - 1> narrow(problem);
+  Blocks<Block<Storage, 1, 1>, kN - 1> single(problem);
+  rows = wide.take(rows, at);
+  rows = narrow.take(rows, at);
+  single.take(rows, at);
+  for (int64_t begin = 0; begin < problem.length; begin += kLaneSteps) {
+    const int64_t end = problem.length - begin < kLaneSteps ? problem.length : begin + kLaneSteps;
+    wide.walk(begin, end);
+    narrow.walk(begin, end);
+    single.walk(begin, end);
+  }
+  wide.write_ends();
+  narrow.write_ends();
+  single.write_ends();
 }
 
 // Items [begin, end): each kLanesPerBlock neighbouring rows, or those left of the innermost axis.
 template <class Storage>
 void scan_lanes(const Problem& problem, int64_t begin, int64_t end) {
-  constexpr int64_t kBlock = kLanesPerVector * kVectorsPerBlock;
   const int64_t width = problem.sizes[problem.ndim - 1];
-  const int64_t blocks = (width + kBlock - 1) / kBlock;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t lane = item % blocks * kBlock;
-    RowCursor at(problem, item / blocks * width + lane);
-    int64_t left = width - lane < kBlock ? width - lane : kBlock;
-    for (; left >= kBlock; left -= kBlock)
-      walk_lanes<Storage, kLanesPerVector, kVectorsPerBlock>(problem, at);
-    for (; left >= kLanesPerVector; left -= kLanesPerVector)
-      walk_lanes<Storage, kLanesPerVector, 1>(problem, at);
-    for (; left >= 2; left -= 2) walk_lanes<Storage, 1, 2>(problem, at);
-    for (; left >= 1; left -= 1) walk_lanes<Storage, 1, 1>(problem, at);
+  const int64_t blocks = (width + kLanesPerBlock - 1) / kLanesPerBlock;
+  while (begin < end) {
+    const int64_t outer = begin / blocks, block = begin % blocks;
+    int64_t count = blocks - block < kBlocksPerWalk ? blocks - block : kBlocksPerWalk;
+    if (end - begin < count) count = end - begin;
+    const int64_t first = block * kLanesPerBlock, left = width - first;
+    const int64_t rows = left < count * kLanesPerBlock ? left : count * kLanesPerBlock;
+    walk_lanes<Storage>(problem, RowCursor(problem, outer * width + first), rows);
+    begin += count;
   }
 }
 

@@ -1,6 +1,6 @@
 // The scan of whole rows by tiles: rows that are contiguous in time directly, all others chunk by
-// chunk through a buffer in L1. Long rows are cut into segments (tuning.h), whose carries are folded
-// in order; one thread does the same arithmetic as many.
+// chunk through a buffer in L1. Long rows are cut into segments (tuning.h), whose carries are
+// folded in order; one thread does the same arithmetic as many.
 #pragma once
 
 #include "cpu/segment.h"
@@ -37,7 +37,7 @@ struct RowScan {
         stream_stores(problem.rows * problem.length * int64_t{sizeof(Sample)} >= kStreamBytes) {}
 
   Carry first_carry(const Row<Storage>& row) const {
-    return {row.start * (problem.op == Op::kEmaBackward ? coefficient : decay.ratio), 0};
+    return {rounded(row.start * (problem.op == Op::kEmaBackward ? coefficient : decay.ratio)), 0};
   }
 
   // The carry into the segment after the one with this aggregate.
@@ -56,8 +56,7 @@ struct RowScan {
     const int64_t x_stride = problem.x.time_stride, y_stride = problem.y.time_stride;
     Segment<Storage, kWrite> scan{problem, k, row, begin, carry, stream_stores, {}};
     if constexpr (Storage::kDirect) {
-      if (row.forward_x == nullptr && (x_stride == 1 || x_stride == -1) &&
-          (!kWrite || x_stride == y_stride)) {
+      if ((x_stride == 1 || x_stride == -1) && (!kWrite || x_stride == y_stride)) {
         x_stride == 1 ? scan.template directly<1>(n) : scan.template directly<-1>(n);
         return scan.end;
       }
@@ -72,23 +71,25 @@ struct RowScan {
   }
 
   // Scans a row from end to end.
-  RowEnd scan(const Row<Storage>& row) const {
-    if (!fits || problem.length < kShortRow) return walk_row(problem, row);
+  RowEnd scan(const Row<Storage>& row, const RowCursor& at) const {
+    if (!fits || problem.length < kShortRow) return walk_row<Storage>(problem, at);
+    SegmentEnd whole = segment<true>(row, 0, first_carry(row));
     Carry carry = first_carry(row);
-    SegmentEnd whole;
-    for (int64_t i = 0; i < segments(problem); ++i) {
+    Carry aggregate = whole.aggregate;
+    for (int64_t i = 1; i < segments(problem); ++i) {
+      carry = next_carry(carry, aggregate);
       const SegmentEnd end = segment<true>(row, i, carry);
-      carry = next_carry(carry, end.aggregate);
+      aggregate = end.aggregate;
       whole.append(end);
     }
-    return finish(row, whole);
+    return finish(row, at, whole);
   }
 
   // The row's first or last sample and what it hands on, after its segments have been scanned.
-  RowEnd finish(const Row<Storage>& row, const SegmentEnd& end) const {
+  RowEnd finish(const Row<Storage>& row, const RowCursor& at, const SegmentEnd& end) const {
     // A non-finite sample reaches the row's last one, here as in the plain loop, but in the tiles
     // an infinity may turn into NaN.
-    if (!finite(end.last)) return walk_row(problem, row, /*only_nonfinite=*/true);
+    if (!finite(end.last)) return walk_row<Storage>(problem, at, /*only_nonfinite=*/true);
     if (problem.op != Op::kEmaBackward) {
       if (problem.op == Op::kEma && problem.start.data == nullptr) *row.y = *row.x;
       return {end.last, 0};
@@ -110,7 +111,7 @@ void scan_rows(const Problem& problem, int64_t begin, int64_t end) {
     const double coefficient = row.coefficient;
     const RowScan<Storage> scan(problem, coefficient);
     do {
-      write_end(problem, at, scan.scan(row));
+      write_end(problem, at, scan.scan(row, at));
       if (++begin == end) return scan.settle_stores();
       at.advance();
       row = Row<Storage>(problem, at);

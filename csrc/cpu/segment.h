@@ -29,21 +29,31 @@ struct Segment {
     const Sample* x = row.x + begin * Direction;
     Sample* y = row.y + begin * Direction;
     const int64_t whole = n - n % kT;
-    const int64_t low = Direction > 0 ? 0 : 1 - whole;  // the lowest address of the whole tiles
-    const bool aligned = reinterpret_cast<uintptr_t>(y + low) % kVectorBytes == 0;
-    if (stream_stores && aligned)
-      tiles<Direction, true>(x + low, y + low, whole);
-    else
-      tiles<Direction, false>(x + low, y + low, whole);
+    const bool aligned =
+        reinterpret_cast<uintptr_t>(y + (Direction > 0 ? 0 : 1)) % kVectorBytes == 0;
+    // The gradient to alpha reads y again, chunk by chunk.
+    const int64_t step = row.forward_x == nullptr ? whole : kChunkSamples;
+    for (int64_t done = 0; done < whole; done += step) {
+      const int64_t count = whole - done < step ? whole - done : step;
+      const int64_t low = Direction > 0 ? done : 1 - done - count;  // the lowest address
+      if (stream_stores && aligned && row.forward_x == nullptr)
+        tiles<Direction, true>(x + low, y + low, count);
+      else
+        tiles<Direction, false>(x + low, y + low, count);
+      if (kWrite && row.forward_x != nullptr)
+        add_alpha_sums<Direction>(y + low, begin + done, count);
+    }
     if (whole > 0) end.last = y[(whole - 1) * Direction];
     if (n > whole) {
       alignas(64) T buffer[kT] = {};
       const int count = static_cast<int>(n - whole);
       T* in_buffer = Direction > 0 ? buffer : buffer + kT - count;
-      const int64_t from = Direction > 0 ? whole : 1 - n;
-      std::memcpy(in_buffer, x + from, count * sizeof(T));
+      const int64_t low = Direction > 0 ? whole : 1 - n;
+      std::memcpy(in_buffer, x + low, count * sizeof(T));
       tiles<Direction, false>(buffer, buffer, kT);
-      if (kWrite) std::memcpy(y + from, in_buffer, count * sizeof(T));
+      if (kWrite && row.forward_x != nullptr)
+        add_alpha_sums<Direction>(buffer, begin + whole, count);
+      if (kWrite) std::memcpy(y + low, in_buffer, count * sizeof(T));
       end.last = Direction > 0 ? in_buffer[count - 1] : in_buffer[0];
     }
   }
@@ -60,10 +70,9 @@ struct Segment {
       T* padding = Direction > 0 ? buffer + count : buffer;
       unpack<Direction>(row.x, problem.x.time_stride, begin + done, count, samples);
       std::memset(padding, 0, (padded - count) * sizeof(T));
-      if (row.forward_x != nullptr)
-        tiles_with_alpha<Direction>(buffer, begin + done, count);
-      else
-        tiles<Direction, false>(buffer, buffer, padded);
+      tiles<Direction, false>(buffer, buffer, padded);
+      if (kWrite && row.forward_x != nullptr)
+        add_alpha_sums<Direction>(buffer, begin + done, count);
       if (kWrite) pack<Direction>(samples, count, begin + done);
       end.last = Direction > 0 ? samples[count - 1] : samples[0];
     }
@@ -78,7 +87,7 @@ struct Segment {
       const int64_t low = Direction > 0 ? t : n - kT - t;
       TileVector<T> p[kTileVectors];
       scan_tile<T, Direction>(x + low, p, k);
-      const double decayed = k.ratio * static_cast<double>(last_sample<T, Direction>(p));
+      const double decayed = rounded(k.ratio * static_cast<double>(last_sample<T, Direction>(p)));
       aggregate.advance(decayed, k.drop);
       if constexpr (kWrite) {
         add_carry<T, Direction>(p, carry.value, k);
@@ -96,47 +105,70 @@ struct Segment {
     end.aggregate = aggregate;
   }
 
-  // As `tiles` in place, for the backward with the gradient to alpha. Samples [first, first + count)
-  // are in the buffer, padded to whole tiles at the end of the scan.
+  // The gradient to alpha of the chunk [first, first + count), whose alpha * lambda is in y, padded
+  // to whole tiles at the end of the scan.
   template <int Direction>
-  void tiles_with_alpha(T* buffer, int64_t first, int64_t count) {
-    alignas(64) T forward[kT];
-    for (int64_t t = 0; t < count; t += kT) {
-      const int valid = static_cast<int>(count - t < kT ? count - t : kT);
-      const int64_t padded = (count + kT - 1) / kT * kT;
-      T* y = buffer + (Direction > 0 ? t : padded - kT - t);
-      tiles<Direction, false>(y, y, kT);
-      T* samples = Direction > 0 ? forward : forward + kT - valid;
-      unpack<Direction>(row.forward_x, problem.forward_x.time_stride, first + t, valid, samples);
-      end.alpha.prepend(alpha_sums<Direction>(y, forward, valid));
+  void add_alpha_sums(const T* y, int64_t first, int64_t count) {
+    // Laid out for the whole chunk before any tile is read again at other offsets: a load across
+    // two stores still on their way waits for both.
+    alignas(64) T forward[kChunkSamples];
+    const int64_t padded = (count + kT - 1) / kT * kT;
+    T* samples = Direction > 0 ? forward : forward + padded - count;
+    unpack<Direction>(row.forward_x, problem.forward_x.time_stride, first, count, samples);
+    T references[kChunkSamples / kT];
+    for (int64_t i = 0; i < padded / kT; ++i)
+      references[i] =
+          measure_from_reference<Direction>(forward + i * kT, valid_in<Direction>(i, count));
+    for (int64_t t = 0; t < padded / kT; ++t) {
+      const int64_t i = Direction > 0 ? t : padded / kT - 1 - t;
+      end.alpha.prepend(alpha_sums<Direction>(y + i * kT, forward + i * kT, references[i],
+                                              valid_in<Direction>(i, count)));
     }
   }
 
-  // Of one tile: y holds alpha * lambda, `forward` the forward's samples.
+  // How many samples of the i-th tile of a padded chunk are not padding.
   template <int Direction>
-  EMA_EXT_INLINE AlphaSums alpha_sums(const T* y, T* forward, int valid) {
-    constexpr int kForward = -Direction;
-    const int padding = kT - valid;
-    const int low = Direction > 0 ? 0 : padding;  // of the valid samples
-    const T reference = forward[Direction > 0 ? valid - 1 : padding];
-    for (int i = 0; i < valid; ++i) forward[low + i] -= reference;
-    for (int i = 0; i < padding; ++i) forward[Direction > 0 ? valid + i : i] = 0;
+  static EMA_EXT_INLINE int valid_in(int64_t i, int64_t count) {
+    const int64_t rest = count % kT;
+    const int64_t last = Direction > 0 ? count / kT : 0;
+    return static_cast<int>(rest != 0 && i == last ? rest : kT);
+  }
 
+  // Subtracts the first sample in the forward's time from all, and returns it; padding becomes 0.
+  template <int Direction>
+  static EMA_EXT_INLINE T measure_from_reference(T* tile, int valid) {
+    T* samples = Direction > 0 ? tile : tile + kT - valid;
+    const T reference = Direction > 0 ? samples[valid - 1] : samples[0];
+    if (valid == kT) {
+      for (int i = 0; i < kT; ++i) tile[i] -= reference;
+    } else {
+      for (int i = 0; i < valid; ++i) samples[i] -= reference;
+      std::memset(Direction > 0 ? tile + valid : tile, 0, (kT - valid) * sizeof(T));
+    }
+    return reference;
+  }
+
+  // Of one tile: y holds alpha * lambda, `forward` the forward's samples less their reference.
+  template <int Direction>
+  EMA_EXT_INLINE AlphaSums alpha_sums(const T* y, const T* forward, T reference, int valid) const {
+    constexpr int kForward = -Direction;
+    const T* powers = k.template powers<kForward>() - kForward * (kT - valid);
     TileVector<T> p[kTileVectors];
     scan_tile<T, kForward>(forward, p, k);
     TileVector<T> share{}, weight{}, before{};
+#pragma GCC unroll 16
     for (int v = 0; v < kTileVectors; ++v) {
       const int a = at<kForward>(v);
       const auto adjoint = load<TileVector<T>>(y + a * kN);
       const auto y_before = earlier_by<1, kForward, T, kN>(before, p[a]);
       share += adjoint * (load<TileVector<T>>(forward + a * kN) - y_before);
-      weight += adjoint * load<TileVector<T>>(k.template powers<kForward>() + a * kN - kForward * padding);
+      weight += adjoint * load<TileVector<T>>(powers + a * kN);
       before = p[a];
     }
     AlphaSums sums;
     sums.reference = reference;
-    sums.share = sum_lanes(share);
-    sums.weight = sum_lanes(weight);
+    sums.share = sum_lanes<T, kN>(share);
+    sums.weight = sum_lanes<T, kN>(weight);
     sums.aggregate = last_sample<T, kForward>(p);
     sums.decay = 1 - (valid == kT ? k.drop : k.decay.power_complement(valid));
     return sums;

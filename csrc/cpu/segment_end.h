@@ -7,6 +7,13 @@ namespace ema_ext::cpu {
 
 #define EMA_EXT_LAW inline __attribute__((always_inline))
 
+// A product as a value of its own: without this the compiler may fuse it into a sum that it enters,
+// in one place and not in another, and results would depend on the number of threads.
+EMA_EXT_LAW double rounded(double product) {
+  asm("" : "+x"(product));
+  return product;
+}
+
 // What the past contributes to the next sample, and the rounding error of its sum (Kahan 1965).
 struct Carry {
   double value = 0;
@@ -30,10 +37,11 @@ struct Carry {
 // "Past" is meant in the forward's time; the backward scan meets stretches from the last one on.
 struct AlphaSums {
   double reference = 0;
-  double share = 0;      // the gradient if y before the stretch were the reference
-  double weight = 0;     // sum of lambda[i] * c^i
-  double aggregate = 0;  // y after the stretch less the reference, if y before it were the reference
-  double decay = 1;      // c^length
+  double share = 0;   // the gradient if y before the stretch were the reference
+  double weight = 0;  // sum of lambda[i] * c^i
+  double aggregate =
+      0;             // y after the stretch less the reference, if y before it were the reference
+  double decay = 1;  // c^length
 
   // Puts the stretch `past` before this one.
   EMA_EXT_LAW void prepend(const AlphaSums& past) {

@@ -2,7 +2,9 @@
 //
 // Included only by the level units (levels/*.cpp), each of which compiles it for its own
 // instruction set inside its own namespace EMA_EXT_LEVEL. No standard template with a body may be
-// used here: the linker keeps one copy of it for all levels.
+// used here: the linker keeps one copy of it for all levels. Nor do the compiler's macros tell the
+// instruction set: GCC has read the whole unit before it obeys the unit's target pragma. The unit
+// says EMA_EXT_VECTOR_BYTES instead: 16 with SSE2, 32 with AVX2, FMA and F16C, 64 with AVX-512.
 #pragma once
 
 #include <immintrin.h>
@@ -10,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #define EMA_EXT_INLINE inline __attribute__((always_inline))
 
@@ -23,13 +26,7 @@ struct VectorOf {
 template <class T, int N>
 using Vector = typename VectorOf<T, N>::type;
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
+constexpr int kVectorBytes = EMA_EXT_VECTOR_BYTES;
 
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
@@ -50,9 +47,9 @@ EMA_EXT_INLINE void store(void* to, V v) {
 template <class V>
 EMA_EXT_INLINE void stream(void* to, V v) {
   static_assert(sizeof v == kVectorBytes);
-#if defined(__AVX512F__)
+#if EMA_EXT_VECTOR_BYTES == 64
   _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
-#elif defined(__AVX__)
+#elif EMA_EXT_VECTOR_BYTES == 32
   _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
 #else
   _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
@@ -87,11 +84,48 @@ EMA_EXT_INLINE Vector<T, N> earlier_by(Vector<T, N> neighbour, Vector<T, N> vect
     return shift_lanes<N - K>(vector, neighbour, Lanes{});
 }
 
-template <class V>
-EMA_EXT_INLINE double sum_lanes(V v) {
-  double sum = 0;
-  for (size_t i = 0; i < sizeof(v) / sizeof(v[0]); ++i) sum += v[i];
-  return sum;
+// Between float and float64 lanes. (GCC 12 splits its own conversion of 4 or 8 lanes in two.)
+template <int N>
+EMA_EXT_INLINE Vector<double, N> widen(Vector<float, N> v) {
+#if EMA_EXT_VECTOR_BYTES >= 32
+  if constexpr (N == 4) return (Vector<double, N>)_mm256_cvtps_pd((__m128)v);
+#endif
+#if EMA_EXT_VECTOR_BYTES >= 64
+  if constexpr (N == 8) return (Vector<double, N>)_mm512_cvtps_pd((__m256)v);
+#endif
+  return __builtin_convertvector(v, Vector<double, N>);
+}
+template <int N>
+EMA_EXT_INLINE Vector<double, N> widen(Vector<double, N> v) {
+  return v;
+}
+
+template <class T, int N>
+EMA_EXT_INLINE Vector<T, N> narrow(Vector<double, N> v) {
+  if constexpr (sizeof(T) == 8) return v;
+#if EMA_EXT_VECTOR_BYTES >= 32
+  else if constexpr (N == 4)
+    return (Vector<T, N>)_mm256_cvtpd_ps((__m256d)v);
+#endif
+#if EMA_EXT_VECTOR_BYTES >= 64
+  else if constexpr (N == 8)
+    return (Vector<T, N>)_mm512_cvtpd_ps((__m512d)v);
+#endif
+  else
+    return __builtin_convertvector(v, Vector<T, N>);
+}
+
+// The sum over the lanes in float64, by halves.
+template <class T, int N>
+EMA_EXT_INLINE double sum_lanes(Vector<T, N> v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    Vector<T, N / 2> low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return sum_lanes<double, N / 2>(widen<N / 2>(low) + widen<N / 2>(high));
+  }
 }
 
 }  // namespace ema_ext::cpu::EMA_EXT_LEVEL

@@ -16,6 +16,14 @@ struct Native {
 
   static EMA_EXT_INLINE T get(T sample) { return sample; }
   static EMA_EXT_INLINE T put(T value) { return value; }
+  template <int N>
+  static EMA_EXT_INLINE Vector<T, N> get_vector(const T* from) {
+    return load<Vector<T, N>>(from);
+  }
+  template <int N>
+  static EMA_EXT_INLINE void put_vector(Vector<T, N> values, T* to) {
+    store(to, values);
+  }
   static EMA_EXT_INLINE void unpack(const T* from, int64_t n, T* to) {
     std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
   }
@@ -46,11 +54,31 @@ struct BFloat16 {
     const uint32_t quiet = (bits >> 16) | 0x40u;
     return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
   }
+  template <int N>
+  static EMA_EXT_INLINE Vector<float, N> get_vector(const uint16_t* from) {
+    using Bits = Vector<uint32_t, N>;
+    const auto bits = __builtin_convertvector(load<Vector<uint16_t, N>>(from), Bits) << 16;
+    return load<Vector<float, N>>(&bits);
+  }
+  template <int N>
+  static EMA_EXT_INLINE void put_vector(Vector<float, N> values, uint16_t* to) {
+    const auto bits = load<Vector<uint32_t, N>>(&values);
+    const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const auto quiet = (bits >> 16) | 0x40u;
+    const auto nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    store(to, __builtin_convertvector(nan ? quiet : rounded, Vector<uint16_t, N>));
+  }
   static EMA_EXT_INLINE void unpack(const uint16_t* from, int64_t n, float* to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = get(from[i]);
+    constexpr int kN = kLanes<float>;
+    int64_t i = 0;
+    for (; i + kN <= n; i += kN) store(to + i, get_vector<kN>(from + i));
+    for (; i < n; ++i) to[i] = get(from[i]);
   }
   static EMA_EXT_INLINE void pack(const float* from, int64_t n, uint16_t* to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = put(from[i]);
+    constexpr int kN = kLanes<float>;
+    int64_t i = 0;
+    for (; i + kN <= n; i += kN) put_vector<kN>(load<Vector<float, kN>>(from + i), to + i);
+    for (; i < n; ++i) to[i] = put(from[i]);
   }
 };
 
@@ -70,17 +98,37 @@ struct Float16 {
     std::memcpy(&sample, &half, sizeof sample);
     return sample;
   }
+  template <int N>
+  static EMA_EXT_INLINE Vector<float, N> get_vector(const uint16_t* from) {
+    float values[N];
+#if EMA_EXT_VECTOR_BYTES >= 32
+    if constexpr (N == 4)
+      _mm_storeu_ps(values, _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+    else
+#endif
+      unpack(from, N, values);
+    return load<Vector<float, N>>(values);
+  }
+  template <int N>
+  static EMA_EXT_INLINE void put_vector(Vector<float, N> values, uint16_t* to) {
+#if EMA_EXT_VECTOR_BYTES >= 32
+    if constexpr (N == 4) {
+      const auto halves = _mm_cvtps_ph(load<__m128>(&values), _MM_FROUND_TO_NEAREST_INT);
+      return _mm_storel_epi64(reinterpret_cast<__m128i*>(to), halves);
+    }
+#endif
+    pack(reinterpret_cast<const float*>(&values), N, to);
+  }
   static EMA_EXT_INLINE void unpack(const uint16_t* from, int64_t n, float* to) {
     int64_t i = 0;
-#ifdef __F16C__
-    for (; i + 8 <= n; i += 8)
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(load<__m128i>(from + i)));
+#if EMA_EXT_VECTOR_BYTES >= 32
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(load<__m128i>(from + i)));
 #endif
     for (; i < n; ++i) to[i] = get(from[i]);
   }
   static EMA_EXT_INLINE void pack(const float* from, int64_t n, uint16_t* to) {
     int64_t i = 0;
-#ifdef __F16C__
+#if EMA_EXT_VECTOR_BYTES >= 32
     for (; i + 8 <= n; i += 8)
       store(to + i, _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
 #endif

@@ -19,9 +19,9 @@ void move_axis(Problem& problem, int from, int to) {
       std::rotate(axes + to, axes + from, axes + from + 1);
   };
   rotate(problem.sizes);
-  for (Operand* operand : {&problem.x, &problem.y, &problem.coefficient, &problem.start,
-                           &problem.state, &problem.forward_x, &problem.forward_start,
-                           &problem.grad_coefficient})
+  for (Operand* operand :
+       {&problem.x, &problem.y, &problem.coefficient, &problem.start, &problem.state,
+        &problem.forward_x, &problem.forward_start, &problem.grad_coefficient})
     rotate(operand->row_strides);
 }
 
@@ -42,11 +42,10 @@ int lane_axis(const Problem& problem) {
 Plan make_plan(Problem& problem, int threads) {
   const int lane = lane_axis(problem);
   if (lane >= 0) {
-    constexpr int64_t kBlock = kLanesPerVector * kVectorsPerBlock;
     const int64_t width = problem.sizes[lane];
     move_axis(problem, lane, problem.ndim - 1);
-    const int64_t blocks = problem.rows / width * ((width + kBlock - 1) / kBlock);
-    return {Strategy::kLanes, blocks, problem.length * std::min(width, kBlock)};
+    const int64_t blocks = problem.rows / width * ((width + kLanesPerBlock - 1) / kLanesPerBlock);
+    return {Strategy::kLanes, blocks, problem.length * std::min<int64_t>(width, kLanesPerBlock)};
   }
   // Rows of one coefficient follow one another, so that its powers are computed once.
   if (problem.coefficient.data != nullptr && problem.length >= kShortRow) {

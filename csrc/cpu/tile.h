@@ -2,7 +2,8 @@
 //
 // Three steps, none of them serial in the samples. Write w_k[n] for the sum of in * c^j * x[n-j]
 // over j < k, where samples before the tile count as zero.
-//   windows   w_4 by four unaligned loads, then w_8 = w_4 + c^4 * (w_4 four samples earlier), and so
+//   windows   w_4 by four unaligned loads, then w_8 = w_4 + c^4 * (w_4 four samples earlier), and
+//   so
 //             on up to the lanes of a vector
 //   vertical  vectors are scanned as wholes, p[v] = w[v] + c^lanes * p[v-1]: now p is the tile
 //             scanned from zero, and its last sample is the tile's aggregate
@@ -33,12 +34,12 @@ struct TileCoefficients {
   static constexpr int kTaps = kN < 4 ? kN : 4;
 
   Decay decay;
-  double ratio;          // c
-  double drop;           // 1 - c^tile
-  T taps[kTaps];         // in * c^j: the first window
-  T window[5];           // c^kTaps, c^(2 kTaps), ...: from one window to the next
-  T hop, hop2;           // c^lanes, c^(2 lanes)
-  T hops[kTileVectors];  // c^(lanes v)
+  double ratio;                           // c
+  double drop;                            // 1 - c^tile
+  T taps[kTaps];                          // in * c^j: the first window
+  T window[5];                            // c^kTaps, c^(2 kTaps), ...: from one window to the next
+  T hop, hop2;                            // c^lanes, c^(2 lanes)
+  T hops[kTileVectors];                   // c^(lanes v)
   alignas(64) double lane_powers[2][kN];  // c^i by lane, with time towards higher and lower lanes
   bool steep;                             // c^tile falls below kSmallestPower
   // c^i over a tile, between zeros: read from an offset, it leaves out what lies outside the tile.
@@ -66,7 +67,8 @@ struct TileCoefficients {
     if (with_sample_powers) fill_sample_powers();
   }
 
-  // Where c^0 lies for time towards higher addresses (Direction 1); for -1, where c^(tile - 1) does.
+  // Where c^0 lies for time towards higher addresses (Direction 1); for -1, where c^(tile - 1)
+  // does.
   template <int Direction>
   EMA_EXT_INLINE const T* powers() const {
     return Direction > 0 ? sample_powers[0] + kTile<T> : sample_powers[1];

@@ -34,8 +34,13 @@ constexpr int64_t kStreamBytes = int64_t{8} << 20;
 // Smaller ones it reuses, where huge pages would only cost.
 constexpr int64_t kHugePageBytes = int64_t{32} << 20;
 
-// Rows side by side that one walk along time carries in registers: four vectors of float64.
-constexpr int kLanesPerVector = 8;
-constexpr int kVectorsPerBlock = 4;
+// Rows side by side that walk along time together: their states fill half of the registers, and two
+// cache lines of float32 are read at each step.
+constexpr int kLanesPerBlock = 32;
+
+// Blocks that pass through time together, kLaneSteps samples at a time: 64 steps of 8 blocks are
+// 64 kB of float32, in and out, and stay in L2.
+constexpr int kBlocksPerWalk = 8;
+constexpr int64_t kLaneSteps = 64;
 
 }  // namespace ema_ext::cpu

@@ -16,21 +16,12 @@ struct Lanes {
 
   template <class Storage>
   static EMA_EXT_INLINE D get(const typename Storage::Sample* from) {
-    if constexpr (Storage::kDirect) {
-      return __builtin_convertvector(load<Vector<typename Storage::Sample, N>>(from), D);
-    } else {
-      float values[N];
-      Storage::unpack(from, N, values);
-      return __builtin_convertvector(load<Vector<float, N>>(values), D);
-    }
+    return widen<N>(Storage::template get_vector<N>(from));
   }
 
   template <class Storage>
   static EMA_EXT_INLINE void put(D value, typename Storage::Sample* to) {
-    using Acc = typename Storage::Acc;
-    Acc values[N];
-    store(values, __builtin_convertvector(value, Vector<Acc, N>));
-    Storage::pack(values, N, to);
+    Storage::template put_vector<N>(narrow<typename Storage::Acc, N>(value), to);
   }
 
   static EMA_EXT_INLINE D all(double value) { return D{} + value; }
@@ -72,119 +63,158 @@ struct Recurrence {
   }
 };
 
-// A block of M * N rows: N lanes in each of M vectors, M recurrences in flight.
+// A block of M * N rows: N lanes in each of M vectors, M recurrences in flight. It walks along time
+// in steps of any number of samples: walk(0, n), walk(n, m), ..., then ends() holds the results.
 template <class Storage, int N, int M>
-struct Block {
+class Block {
+ public:
+  static constexpr int kRows = N * M;
+
+  // The row at `at` and the kRows - 1 after it along the innermost axis; moves `at` past them.
+  Block(const Problem& problem, RowCursor& at) : problem_(problem), at_(at) {
+    const Row<Storage> first(problem, at);
+    x_ = first.x;
+    y_ = first.y;
+    forward_x_ = first.forward_x;
+    double coefficient[kRows], start[kRows], forward_start[kRows];
+    for (int i = 0; i < kRows; ++i, at.advance()) {
+      const Row<Storage> row(problem, at);
+      coefficient[i] = row.coefficient;
+      start[i] = row.start;
+      forward_start[i] = row.forward_start;
+    }
+    std::memcpy(start_, start, sizeof start);
+    std::memcpy(forward_start_, forward_start, sizeof forward_start);
+    for (int m = 0; m < M; ++m) set_coefficient(m, load<D>(coefficient + m * N));
+  }
+
+  // Samples [begin, end). With only_nonfinite (of a single row) y is written from the first
+  // non-finite state on: the others are there already.
+  EMA_EXT_INLINE void walk(int64_t begin, int64_t end, bool only_nonfinite = false) {
+    if (problem_.op != Op::kEmaBackward)
+      forward(begin, end, only_nonfinite);
+    else if (forward_x_ != nullptr)
+      backward<true>(begin, end, only_nonfinite);
+    else
+      backward<false>(begin, end, only_nonfinite);
+  }
+
+  // After all samples: what each row hands on.
+  void ends(RowEnd* to) const {
+    double state[kRows], grad_coefficient[kRows];
+    for (int m = 0; m < M; ++m) {
+      D last = scan_[m].state;
+      if (problem_.op == Op::kEmaBackward) last = scan_[m].ratio * (last * to_lambda_[m]);
+      store(state + m * N, last);
+      store(grad_coefficient + m * N, sum_[m] * to_lambda_[m]);
+    }
+    for (int i = 0; i < kRows; ++i) to[i] = {state[i], grad_coefficient[i]};
+  }
+
+  void write_ends() {
+    RowEnd to[kRows];
+    ends(to);
+    for (int i = 0; i < kRows; ++i, at_.advance()) write_end(problem_, at_, to[i]);
+  }
+
+ private:
   using L = Lanes<N>;
   using D = typename L::D;
   using Sample = typename Storage::Sample;
-  static constexpr bool kCompensated = sizeof(typename Storage::Acc) == 8;
+  using Scan = Recurrence<D, sizeof(typename Storage::Acc) == 8>;
 
-  const Problem& problem;
-  const Sample* x;
-  Sample* y;
-  const Sample* forward_x;
-  D coefficient[M], start[M], forward_start[M];
-  D state[M], grad_coefficient[M];  // results
+  void set_coefficient(int m, D coefficient) {
+    to_lambda_[m] = out_[m] = L::all(1);
+    sum_[m] = kappa_[m] = later_[m] = D{};
+    if (problem_.op == Op::kLinearRecurrence) {
+      scan_[m] = {coefficient, L::all(1), start_[m], D{}};
+    } else if (problem_.op == Op::kEma) {
+      scan_[m] = {L::all(1) - coefficient, coefficient, start_[m], D{}};
+    } else {
+      // alpha * lambda where lambda can be had from it, else lambda: see scaled_adjoint.
+      const auto scaled =
+          (coefficient >= 0x1p-64) | (coefficient <= -0x1p-64) | (coefficient != coefficient);
+      const D in = scaled ? coefficient : L::all(1);
+      out_[m] = scaled ? L::all(1) : coefficient;
+      to_lambda_[m] = scaled ? 1 / coefficient : L::all(1);
+      scan_[m] = {L::all(1) - coefficient, in, D{}, D{}};
+      start_[m] *= in;
+      if (forward_x_ != nullptr) later_[m] = L::template get<Storage>(forward_x_ + m * N);
+    }
+  }
 
-  // Runs kEma or kLinearRecurrence. With only_nonfinite, y is written from the first non-finite
-  // state on: the others are there already.
-  EMA_EXT_INLINE void forward(bool only_nonfinite = false) {
-    const bool ema = problem.op == Op::kEma;
-    Recurrence<D, kCompensated> scan[M];
-    for (int m = 0; m < M; ++m) {
-      if (ema)
-        scan[m] = {L::all(1) - coefficient[m], coefficient[m], start[m], D{}};
-      else
-        scan[m] = {coefficient[m], L::all(1), start[m], D{}};
+  EMA_EXT_INLINE void forward(int64_t n, int64_t end, bool only_nonfinite) {
+    Scan scan[M];
+    std::memcpy(scan, scan_, sizeof scan);
+    if (n == 0 && problem_.op == Op::kEma && problem_.start.data == nullptr) {
+      std::memcpy(y_, x_, sizeof(Sample) * kRows);  // y[0] = x[0]
+      ++n;
     }
-    int64_t n = 0;
-    if (ema && problem.start.data == nullptr) {
-      std::memcpy(y, x, sizeof(Sample) * N * M);  // y[0] = x[0]; a single lane of any stride
-      n = 1;
-    }
-    for (; n < problem.length; ++n) {
-      const Sample* from = x + n * problem.x.time_stride;
-      Sample* to = y + n * problem.y.time_stride;
+    for (; n < end; ++n) {
+      const Sample* from = x_ + n * problem_.x.time_stride;
+      Sample* to = y_ + n * problem_.y.time_stride;
+#pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         scan[m].step(L::template get<Storage>(from + m * N));
-        if constexpr (N * M == 1)
+        if constexpr (kRows == 1)
           if (only_nonfinite && finite(scan[m].state)) continue;
         L::template put<Storage>(scan[m].state, to + m * N);
       }
     }
-    for (int m = 0; m < M; ++m) state[m] = scan[m].state;
+    std::memcpy(scan_, scan, sizeof scan);
   }
 
-  // Runs kEmaBackward along reversed time. The gradient to alpha is the sum over samples of
-  // kappa[n] * (forward_x[n] - forward_x[n-1]), where kappa is the adjoint of the adjoint: summed by
-  // parts, the samples' mean cancels before it is multiplied.
+  // The gradient to alpha is the sum over samples of kappa[n] * (forward_x[n] - forward_x[n-1]),
+  // where kappa is the adjoint of the adjoint: summed by parts, the samples' mean cancels before it
+  // is multiplied.
   template <bool kWithCoefficient>
-  EMA_EXT_INLINE void backward(bool only_nonfinite = false) {
-    Recurrence<D, kCompensated> scan[M];
-    D out[M], to_lambda[M], kappa[M], sum[M], later[M];
-    for (int m = 0; m < M; ++m) {
-      const D alpha = coefficient[m];
-      const auto scaled = (alpha >= 0x1p-64) | (alpha <= -0x1p-64) | (alpha != alpha);
-      const D in = scaled ? alpha : L::all(1);
-      out[m] = scaled ? L::all(1) : alpha;
-      to_lambda[m] = scaled ? 1 / alpha : L::all(1);
-      scan[m] = {L::all(1) - alpha, in, D{}, D{}};
-      start[m] *= in;
-      kappa[m] = sum[m] = D{};
-      if constexpr (kWithCoefficient) later[m] = L::template get<Storage>(forward_x + m * N);
-    }
-    for (int64_t n = 0; n < problem.length; ++n) {
-      const Sample* from = x + n * problem.x.time_stride;
-      Sample* to = y + n * problem.y.time_stride;
-      const Sample* before = forward_x + (n + 1) * problem.forward_x.time_stride;
-      const bool last = n == problem.length - 1;
+  EMA_EXT_INLINE void backward(int64_t n, int64_t end, bool only_nonfinite) {
+    Scan scan[M];
+    std::memcpy(scan, scan_, sizeof scan);
+    for (; n < end; ++n) {
+      const Sample* from = x_ + n * problem_.x.time_stride;
+      Sample* to = y_ + n * problem_.y.time_stride;
+      const Sample* before = forward_x_ + (n + 1) * problem_.forward_x.time_stride;
+      const bool last = n == problem_.length - 1;
+      const D* out = last && !problem_.has_initial_state ? to_lambda_ : out_;
+#pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         scan[m].step(L::template get<Storage>(from + m * N));
-        if (n == 0) scan[m].state += start[m];
+        if (n == 0) scan[m].state += start_[m];
         if constexpr (kWithCoefficient) {
-          const D now = later[m];
-          later[m] = last ? forward_start[m] : L::template get<Storage>(before + m * N);
-          kappa[m] = scan[m].state + scan[m].ratio * kappa[m];
-          sum[m] += kappa[m] * (now - later[m]);
+          const D now = later_[m];
+          later_[m] = last ? forward_start_[m] : L::template get<Storage>(before + m * N);
+          kappa_[m] = scan[m].state + scan[m].ratio * kappa_[m];
+          sum_[m] += kappa_[m] * (now - later_[m]);
         }
-        const D value = last && !problem.has_initial_state ? scan[m].state * to_lambda[m]
-                                                           : scan[m].state * out[m];
-        if constexpr (N * M == 1)
+        if constexpr (kRows == 1)
           if (only_nonfinite && finite(scan[m].state)) continue;
-        L::template put<Storage>(value, to + m * N);
+        L::template put<Storage>(scan[m].state * out[m], to + m * N);
       }
     }
-    for (int m = 0; m < M; ++m) {
-      state[m] = scan[m].ratio * (scan[m].state * to_lambda[m]);
-      grad_coefficient[m] = sum[m] * to_lambda[m];
-    }
+    std::memcpy(scan_, scan, sizeof scan);
   }
 
-  EMA_EXT_INLINE void run(bool only_nonfinite = false) {
-    if (problem.op != Op::kEmaBackward)
-      forward(only_nonfinite);
-    else if (forward_x != nullptr)
-      backward<true>(only_nonfinite);
-    else
-      backward<false>(only_nonfinite);
-  }
+  const Problem& problem_;
+  RowCursor at_;
+  const Sample* x_;
+  Sample* y_;
+  const Sample* forward_x_;
+  D start_[M], forward_start_[M];
+  Scan scan_[M];
+  D out_[M];        // from the scanned adjoint to y
+  D to_lambda_[M];  // from the scanned adjoint to lambda
+  D kappa_[M], sum_[M], later_[M];
 };
 
-// One row of any strides; see Block::forward for only_nonfinite.
+// One row of any strides from end to end; see Block::walk for only_nonfinite.
 template <class Storage>
-RowEnd walk_row(const Problem& problem, const Row<Storage>& row, bool only_nonfinite = false) {
-  Block<Storage, 1, 1> block{problem,
-                             row.x,
-                             row.y,
-                             row.forward_x,
-                             {row.coefficient},
-                             {row.start},
-                             {row.forward_start},
-                             {},
-                             {}};
-  block.run(only_nonfinite);
-  return {block.state[0], block.grad_coefficient[0]};
+RowEnd walk_row(const Problem& problem, RowCursor at, bool only_nonfinite = false) {
+  Block<Storage, 1, 1> block(problem, at);
+  block.walk(0, problem.length, only_nonfinite);
+  RowEnd end;
+  block.ends(&end);
+  return end;
 }
 
 }  // namespace ema_ext::cpu::EMA_EXT_LEVEL
