@@ -11,8 +11,8 @@ take too much time or memory is left out, with the reason below the table.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
+from measure import Contender, Effort, readable, take_turns
 from torch import Tensor
 from tqdm import tqdm
 
@@ -93,13 +94,6 @@ def call(version: Version, which: str, x: Tensor) -> Tensor:
     return grad
 
 
-def seconds(version: Version, which: str, x: Tensor, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call(version, which, x)
-    return (time.perf_counter() - start) / repeats
-
-
 def reason_to_skip(
     version: Version, which: str, length: int, limit: float, matrix: WeightEMA
 ) -> str | None:
@@ -118,37 +112,24 @@ def measure(rows: list[Version], matrix: WeightEMA, options: argparse.Namespace)
     """Fill in every row's times, differences and reasons."""
     signal = prices(LENGTHS[-1])
     exact = ema_loop(signal.double(), ALPHA)
-    order = random.Random(0)
+    effort = Effort(options.rounds, options.sample, options.budget)
     cells = [(length, which) for length in LENGTHS for which in PASSES]
     for length, which in tqdm(cells, desc="forum table", file=sys.stderr):
         x = signal[:length].clone().requires_grad_(which != "forward")
-        runnable = []
+        contenders: dict[str, Contender] = {}
         for version in rows:
             reason = reason_to_skip(version, which, length, options.max_seconds, matrix)
             if reason:
                 version.skipped[which, length] = reason
                 continue
-            y = call(version, which, x)  # the warm-up
+            contenders[version.name] = Contender(functools.partial(call, version, which, x))
             if which == "forward":
-                version.differences[length] = float((y - exact[:length]).abs().max())
-            once = seconds(version, which, x, 1)
-            version.times[which, length] = once
-            repeats = max(1, round(options.sample / once))
-            rounds = min(options.rounds, round(options.budget / (once * repeats)))
-            runnable.append((version, repeats, rounds))
-        for turn in range(options.rounds):
-            for version, repeats, rounds in order.sample(runnable, len(runnable)):
-                if turn < rounds:
-                    took = seconds(version, which, x, repeats)
-                    version.times[which, length] = min(version.times[which, length], took)
-
-
-def readable(value: float) -> str:
-    """Seconds with three digits and a unit."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if value >= scale:
-            return f"{value / scale:#.3g}".rstrip(".") + f" {unit}"
-    return f"{value * 1e6:#.3g}".rstrip(".") + " µs"
+                difference = call(version, which, x) - exact[:length]
+                version.differences[length] = float(difference.abs().max())
+        samples = take_turns(contenders, effort)
+        for version in rows:
+            if version.name in samples:
+                version.times[which, length] = min(samples[version.name])
 
 
 def table(rows: list[Version], title: str, cell: Callable[[Version, int], str]) -> str:

@@ -97,12 +97,10 @@ Tensor empty_rows(const Tensor& x, int64_t dim) {
 }
 
 ProblemBuilder::ProblemBuilder(Op op, const Tensor& x, int64_t dim, bool reverse)
-    : x_(x), dim_(dim), reverse_(reverse) {
-  problem.op = op;
-  problem.length = x.size(dim);
-  for (int64_t d = 0; d < x.dim(); ++d) {
+    : problem(op, x.size(dim), static_cast<int>(x.dim()) - 1), x_(x), dim_(dim), reverse_(reverse) {
+  for (int64_t d = 0, row_axis = 0; d < x.dim(); ++d) {
     if (d == dim) continue;
-    problem.sizes[problem.ndim++] = x.size(d);
+    problem.sizes[row_axis++] = x.size(d);
     problem.rows *= x.size(d);
   }
   samples(&Problem::x, x);
@@ -155,7 +153,7 @@ void ProblemBuilder::per_row(Operand Problem::* operand, const Tensor& tensor, c
   add_strides(problem.*operand, tensor, x_.dim() - 1, /*has_time=*/false, name);
 }
 
-Problem ProblemBuilder::finish() {
+Problem& ProblemBuilder::finish() {
   Operand* operands[] = {
       &problem.x,     &problem.y,         &problem.coefficient,   &problem.start,
       &problem.state, &problem.forward_x, &problem.forward_start, &problem.grad_coefficient};

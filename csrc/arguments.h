@@ -44,7 +44,7 @@ class ProblemBuilder {
   // A tensor that broadcasts to x's shape without `dim`.
   void per_row(Operand Problem::* operand, const Tensor& tensor, const char* name);
 
-  Problem finish();
+  Problem& finish();
 
   Problem problem;
 

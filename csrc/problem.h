@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace ema_ext {
 
@@ -13,7 +14,7 @@ constexpr int kMaxDims = 64;  // torch's own limit
 
 enum class Dtype : int8_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
-inline int64_t bytes_of(Dtype dtype) {
+inline __attribute__((always_inline)) int64_t bytes_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::kFloat64:
       return 8;
@@ -29,7 +30,7 @@ struct Operand {
   void* data = nullptr;
   Dtype dtype = Dtype::kFloat32;
   int64_t time_stride = 0;
-  int64_t row_strides[kMaxDims] = {};  // 0 where it is broadcast
+  int64_t row_strides[kMaxDims];  // 0 where it is broadcast, and where it is absent
 };
 
 enum class Op : int8_t {
@@ -40,10 +41,18 @@ enum class Op : int8_t {
 };
 
 struct Problem {
-  Op op = Op::kEma;
-  int64_t length = 0;
-  int ndim = 0;  // of the rows, outermost first
-  int64_t sizes[kMaxDims] = {};
+  // Only the first ndim entries of the arrays are ever looked at, or set here: the rest would cost
+  // more to clear than a small scan takes.
+  Problem(Op op, int64_t length, int ndim) : op(op), length(length), ndim(ndim) {
+    for (Operand* operand :
+         {&x, &y, &coefficient, &start, &state, &forward_x, &forward_start, &grad_coefficient})
+      for (int d = 0; d < ndim; ++d) operand->row_strides[d] = 0;
+  }
+
+  Op op;
+  int64_t length;
+  int ndim;  // of the rows, outermost first
+  int64_t sizes[kMaxDims];
   int64_t rows = 1;  // their product
 
   Operand x;

@@ -1,4 +1,8 @@
-"""Exponential moving averages of tensors, computed by native kernels and differentiable."""
+"""Exponential moving averages of tensors, computed by native kernels and differentiable.
+
+`ema` is the function. `ema_ext.reference`, to be imported by itself, holds the slow versions that
+it is checked against; `python -m ema_ext.info` prints what was built.
+"""
 
 from ema_ext import _library as _library  # before all else: checks torch, loads the library
 from ema_ext._version import __version__

@@ -68,14 +68,15 @@ def ema(
     Args:
         x: float16, bfloat16, float32 or float64 tensor of any shape with at least 1 dimension and
             of any strides; no copy of it is made.
-        alpha: the weight of the new sample. A float in [0, 1]; or a floating-point tensor that
-            expands to x's shape and is constant along ``dim``, for instance ``()`` for one weight
-            or ``alpha[:, None]`` for one weight per channel of a ``(batch, channel, time)`` x.
-            Values of a tensor are not checked, and outside [0, 1] follow the recurrence.
-            It may have another dtype than x, and never changes the dtype of the result.
+        alpha: the weight of the new sample. A number in [0, 1]; or a floating-point tensor that
+            expands to x's shape and has size 1 (or nothing) along ``dim``, for instance ``()`` for
+            one weight or ``alpha[:, None]`` for one weight per channel of a
+            ``(batch, channel, time)`` x. Values of a tensor are not checked, and outside [0, 1]
+            follow the recurrence. It may have another dtype than x, enters unrounded, and never
+            changes the dtype of the result.
         dim: the dimension of time.
         initial_state: the average before the first sample: with it,
-            :math:`y_0 = (1 - \alpha) s + \alpha x_0`. A float, or a floating-point tensor that
+            :math:`y_0 = (1 - \alpha) s + \alpha x_0`. A number, or a floating-point tensor that
             expands to x's shape without ``dim``. None starts at the first sample itself.
         reverse: run from the last sample to the first: flip, ema, flip.
         return_state: return ``(y, state)``. ``state`` is the average after the last sample (the
@@ -84,12 +85,14 @@ def ema(
 
     Returns:
         ``y``, of x's shape and dtype and with the strides of ``torch.empty_like(x)``, or
-        ``(y, state)``. Sums are kept in float32 for half types and rounded once. A NaN or an
-        infinity reaches the later samples of its own row and no others. The result is bitwise
-        the same from run to run and for any number of threads.
+        ``(y, state)``. For half types it is computed in at least float32 and rounded once. A NaN
+        or an infinity reaches the later samples of its own row and no others. On one machine the
+        result is bitwise the same from run to run and for any number of threads. Without samples
+        ``y`` is empty, and ``state`` is ``initial_state``.
 
-    Gradients of any order reach x, alpha and initial_state, each in its own shape. With a float
-    alpha nothing of x's size is kept for the backward pass.
+    Gradients of any order reach x, alpha and initial_state, each in its own shape and dtype, in
+    reverse and in forward mode, under ``torch.func`` and ``torch.compile``. With a float alpha
+    nothing of x's size is kept for the backward pass.
 
     Raises:
         TypeError: x is no dense tensor of the dtypes above; alpha or initial_state is neither
@@ -98,7 +101,8 @@ def ema(
             x has no dimension; the state of an empty average without initial_state is asked for.
         IndexError: dim is out of range.
         RuntimeError: this build has no kernels for x's device; alpha or initial_state is on
-            another device than x (a 0-dim tensor on the cpu may be).
+            another device than x (a 0-dim tensor on the cpu may be); a ``torch.func`` transform
+            is compiled; forward mode runs over forward mode with a tensor alpha.
         NotImplementedError: alpha varies along ``dim``.
 
     Example:

@@ -11,7 +11,12 @@ from ema_ext._version import __version__
 
 
 def describe() -> dict[str, str]:
-    """Versions, CPU level in use, CUDA architectures built or why there are none, and threads."""
+    """What is printed, as label -> text.
+
+    The versions of the package, torch, Python and compiler; the CPU's instruction set level in use
+    (EMA_EXT_CPU_LEVEL forces a lower one); the CUDA architectures that were built, or why there are
+    none; torch's number of threads.
+    """
     library = _library.load()
     built = library.build_info()
     cuda = built["cuda_archs"] or f"none: {built['cuda_reason']}"

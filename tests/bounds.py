@@ -26,17 +26,34 @@ at every sample, so a small tail after a large start is held to the tail's own s
   What the truncated kernel leaves out weighs less than its eps together: eps * max |x| of the past.
 
 **Backward.** lambda, the adjoint, is the same recurrence run backward over grad_y, so the same
-count applies to it with |grad_y| for |x|. For alpha, d sum = sum_n lambda[n] (x[n] - y[n-1]) is
-wrong by the error of lambda times |x| + M, the error of y times the adjoint of |grad_y|, and the
-summation's own roundings: one per term in the precision of the partial sums, which is float64 for
-the kernels.
+count applies to it with |grad_y| for |x|; call Lambda[n] the adjoint of |grad_y|. alpha's gradient
+is sum_n lambda[n] r[n] with r[n] = x[n] - y[n-1].
+
+* loop, matmul: the error of lambda times |x| + M, the error of y times Lambda, and the summation's
+  own roundings, one per term.
+* kernel: r is never formed from x and y, which share their mean, but from differences of x, so the
+  bound has no mean in it. R[n] is the range of x over every tile (at most 128 samples) that n may
+  be in; u64 is float64's u. First, the error of lambda times |r|. Second, by tiles (segment.h),
+  r = x' - y' - c^i r[f] with x' = x - x[f] and y' = ema(x') from zero, f the tile's first sample:
+  |x'| and y' are at most R, and so c^i |r[f]| <= |r| + 2 R. Each is rounded as a kernel's y (base),
+  then by one difference, one product and 8 or 16 sums in T (18): (base + 18) u Lambda (|r| + 4 R).
+  What earlier tiles got wrong of y reaches later ones with y's own weights: base u Lambda ema(R).
+  Third, all else is float64, by tiles (segment_end.h) as by samples (walk.h, where the gradient is
+  summed by parts, sum_n kappa[n] (x[n] - x[n-1]) with kappa the adjoint of lambda): a rounding of
+  kappa or of a product of it, 8 in all, costs u64 kappa (|r| + R), a rounding of the running sum
+  u64 |sum so far|, which is at most |sum_{m >= n} lambda[m] r[m]| + kappa (|r| + R). kappa may be
+  1 / alpha times Lambda: for float32 and halves that is still below their own u, for float64 it is
+  the larger part where alpha is small.
+
+What must hold on data that is not made against it is simpler and tighter (`alpha_requirement`):
+8 eps sum |lambda r|.
 
 **Stored result.** One more rounding, to the result's dtype: its unit roundoff times |result|.
 Underflow costs a smallest subnormal per rounding.
 
 **Row bound** (kernels only): 4 ulp of the row's largest |y|, for every alpha in [1e-5, 1].
 
-The oracle's own error (long double, the loop's count with its u) is added to every bound.
+The oracle's own error (long double, the count of oracle.scan with its u) is added to every bound.
 """
 
 from __future__ import annotations
@@ -54,6 +71,9 @@ WORST: dict[str, float] = {}
 
 ULPS = 4
 
+#: Samples of the longest tile that a CPU kernel has: float32 at x86-64-v4.
+TILE = 128
+
 
 @dataclass(frozen=True)
 class Roundings:
@@ -61,12 +81,14 @@ class Roundings:
 
     base: float
     per_step: float = 0.0
+    per_decay: float = 0.0  # in float64, for each factor e by which a term decays
     truncation: float = 0.0  # weight left out, as a share of max |x|
     partials: torch.dtype | None = None  # of sums over time; None: the accumulate dtype
 
 
 LOOP = Roundings(base=3, per_step=3)
-KERNEL = Roundings(base=16, partials=torch.float64)
+ORACLE = Roundings(base=6, per_step=3)
+KERNEL = Roundings(base=16, per_decay=9, partials=torch.float64)
 
 
 def matmul(length: int) -> Roundings:
@@ -136,13 +158,8 @@ def gradient_bounds(
         weight[0] = 1
     grad_x = problem.restore(weight * carried_error)
 
-    size, size_error = _forward(problem, roundings, dtype)
-    first = problem.x[0] if problem.start is None else problem.start
-    before = np.concatenate([np.abs(first)[None], size[:-1]])
-    before_error = np.concatenate([np.zeros_like(first)[None], size_error[:-1]])
-    span = np.abs(problem.x) + before
-    count = problem.x.size * unit(roundings.partials or dtype) + 2 * unit(dtype)
-    terms = carried_error * span + carried * (before_error + count * span)
+    alpha_error = _tiled_terms if roundings is KERNEL else _plain_terms
+    terms = alpha_error(problem, grad_y, grad_state, carried, carried_error, roundings, dtype)
     grad_alpha = _stored(exact.alpha, problem.to_alpha(terms), _dtype(alpha))
 
     grad_start = None
@@ -150,6 +167,20 @@ def gradient_bounds(
         error = problem.to_start(np.abs(problem.keep[0]) * carried_error[0])
         grad_start = _stored(exact.initial_state, error, _dtype(initial_state))
     return GradientBounds(_stored(exact.x, grad_x, x.dtype), grad_alpha, grad_start)
+
+
+def alpha_requirement(
+    grad_y: torch.Tensor, x: torch.Tensor, alpha: Any, *, dim: int = -1, initial_state: Any = None,
+    reverse: bool = False,
+) -> Array:  # fmt: skip
+    """Largest |error| allowed to alpha's gradient on ordinary data: 8 eps sum |lambda r|."""
+    problem = Problem.of(x, alpha, dim, initial_state, reverse)
+    terms = np.abs(oracle.adjoint(problem, grad_y) * oracle.innovation(problem))
+    error = 16 * unit(accumulate_dtype(x.dtype)) * problem.to_alpha(terms)
+    exact = oracle.ema_backward(
+        grad_y, x, alpha, dim=dim, initial_state=initial_state, reverse=reverse
+    )
+    return _stored(exact.alpha, error, _dtype(alpha))
 
 
 def row_bound(y: Array, dtype: torch.dtype, dim: int = -1) -> Array:
@@ -271,7 +302,7 @@ def _forward(problem: Problem, roundings: Roundings, dtype: torch.dtype) -> tupl
             drive[0] = np.abs(problem.x[0])
         else:
             drive[0] += np.abs(problem.keep[0] * problem.start)
-    return _aged_sum(np.abs(problem.keep), drive, roundings, dtype)
+    return _aged_sum(problem.weight, drive, roundings, dtype)
 
 
 def _backward(
@@ -281,29 +312,82 @@ def _backward(
     drive = np.abs(Problem.of(grad_y, 0.0, problem.dim, None, problem.reverse).x[::-1]).copy()
     if len(drive) and grad_state is not None:
         drive[0] += np.abs(longdouble(grad_state))
-    keep = np.abs(np.roll(problem.keep, -1, axis=0))[::-1]
-    size, error = _aged_sum(keep, drive, roundings, dtype)
+    size, error = _aged_sum(oracle.later(problem.weight), drive, roundings, dtype)
     return size[::-1], error[::-1]
 
 
-def _aged_sum(
-    keep: Array, drive: Array, roundings: Roundings, dtype: torch.dtype
-) -> tuple[Array, Array]:
-    """total[n] = keep total + drive, and u * sum (base + per_step * age) * contribution."""
-    size, error = np.empty_like(drive), np.empty_like(drive)
-    here, exact = unit(dtype), oracle.UNIT
-    base = here * roundings.base + exact * LOOP.base
-    per_step = here * roundings.per_step + exact * LOOP.per_step
-    tiny = longdouble(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
-    total = aged = floor = np.zeros(drive.shape[1:], np.longdouble)
+def _plain_terms(
+    problem: Problem, grad_y: Any, grad_state: Any, carried: Array, carried_error: Array,
+    roundings: Roundings, dtype: torch.dtype,
+) -> Array:  # fmt: skip
+    """By how much each term of alpha's gradient may be wrong: loop, matmul."""
+    size, size_error = _forward(problem, roundings, dtype)
+    first = problem.x[0] if problem.start is None else problem.start
+    before = np.concatenate([np.abs(first)[None], size[:-1]])
+    before_error = np.concatenate([np.zeros_like(first)[None], size_error[:-1]])
+    span = np.abs(problem.x) + before
+    count = problem.x.size * unit(roundings.partials or dtype) + 2 * unit(dtype)
+    return carried_error * span + carried * (before_error + count * span)
+
+
+def _tiled_terms(
+    problem: Problem, grad_y: Any, grad_state: Any, carried: Array, carried_error: Array,
+    roundings: Roundings, dtype: torch.dtype,
+) -> Array:  # fmt: skip
+    """By how much each term of alpha's gradient may be wrong: the kernels."""
     with np.errstate(all="ignore"):
-        for n in range(len(drive)):
-            aged = keep[n] * (aged + total)
-            total = keep[n] * total + drive[n]
-            floor = keep[n] * floor + (roundings.base + roundings.per_step) * tiny
-            size[n] = total
-            error[n] = base * total + per_step * aged + floor
-    return size, error
+        innovation = oracle.innovation(problem)
+        size, near = np.abs(innovation), _range(problem.x)
+        drive = np.abs(problem.weight) * near
+        before = np.concatenate([near[:1] * 0, _magnitudes(problem.weight, drive)[:-1]])
+        kappa = _magnitudes(oracle.later(problem.weight), carried[::-1].copy())[::-1]
+        adjoint = oracle.adjoint(problem, grad_y, grad_state)
+        so_far = np.abs(np.cumsum((adjoint * innovation)[::-1], axis=0)[::-1])
+        base, u = roundings.base, unit(dtype)
+        # the oracle's own error in y
+        _, unsure = _forward(oracle.centred(problem), Roundings(base=0), dtype)
+        before_unsure = np.concatenate([unsure[:1] * 0, unsure[:-1]]) + 3 * oracle.UNIT * size
+        tiles = carried * (before_unsure + (base + 18) * u * (size + 4 * near) + base * u * before)
+        rest = 9 * kappa * (size + near) + so_far
+        return carried_error * size + tiles + unit(torch.float64) * rest
+
+
+def _range(x: Array) -> Array:
+    """Largest less smallest x among the samples fewer than TILE away, along the first axis."""
+    high, low, width = x, x, 1
+    while width < TILE:  # now over [n, n + width)
+        edge = np.minimum(np.arange(len(x)) + width, len(x) - 1)
+        high, low, width = np.maximum(high, high[edge]), np.minimum(low, low[edge]), 2 * width
+    edge = np.maximum(np.arange(len(x)) - (TILE - 1), 0)
+    return np.maximum(high, high[edge]) - np.minimum(low, low[edge])
+
+
+def _magnitudes(weight: Array, drive: Array) -> Array:
+    """total[n] = |1 - weight[n]| total[n-1] + drive[n]."""
+    if (weight > 1).any():
+        weight = np.where(weight > 1, 2 - weight, weight)
+    return oracle.scan(weight, drive)
+
+
+def _aged_sum(
+    weight: Array, drive: Array, roundings: Roundings, dtype: torch.dtype
+) -> tuple[Array, Array]:
+    """total[n] = |keep| total + drive, and u * sum (base + per_step * age) * contribution."""
+    here, exact = unit(dtype), oracle.UNIT
+    base = here * roundings.base + exact * ORACLE.base
+    keep = np.abs(1 - (weight[:1] if weight.strides[0] == 0 else weight))
+    decay = np.abs(np.log(np.where(keep > 0, keep, 1)))
+    per_step = here * roundings.per_step + exact * ORACLE.per_step
+    per_step = per_step + unit(torch.float64) * roundings.per_decay * decay
+    tiny = longdouble(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+    with np.errstate(all="ignore"):
+        total = _magnitudes(weight, drive)
+        error = np.zeros_like(total)
+        ageing = per_step * keep
+        error[1:] = (ageing if len(ageing) == 1 else ageing[1:]) * total[:-1]
+        aged = _magnitudes(weight, error)
+        floor = (roundings.base + roundings.per_step) * tiny
+        return total, base * total + aged + _magnitudes(weight, np.full_like(total, floor))
 
 
 def _stored(value: Array, error: Array, dtype: torch.dtype) -> Array:

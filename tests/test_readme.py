@@ -1,4 +1,4 @@
-"""Every Python fence of the README runs as it stands, alone."""
+"""What the README shows is true: Python runs, commands are CI's, and what it points to is there."""
 
 from __future__ import annotations
 
@@ -7,27 +7,61 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+CI = ROOT / ".ci" / "run"
+
+FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#]+)[^)]*\)")
+SCRIPT = re.compile(r"\S+\.py\b")
+
+#: The word after `sh` that keeps a fence out of CI.
+EXEMPT = {"long", "gpu"}
 
 
-def fences() -> dict[str, str]:
-    """Name with line number -> source, with as many empty lines before it as the README has."""
-    text = README.read_text(encoding="utf-8") if README.exists() else ""
+def fences(language: str) -> dict[str, tuple[str, str]]:
+    """Line number by name -> the words after the language, and the source as if it were alone in
+    the README: tracebacks then have the README's lines."""
+    text = README.read_text(encoding="utf-8")
     found = {}
     for match in FENCE.finditer(text):
-        line = text.count("\n", 0, match.start(1))
-        found[f"line {line + 1}"] = "\n" * line + match[1]
+        if match[1] == language:
+            line = text.count("\n", 0, match.start(3))
+            found[f"line {line + 1}"] = match[2].strip(), "\n" * line + match[3]
     return found
 
 
-def test_there_are_fences() -> None:
-    """Catches a change of the README's markup that leaves the next test without a case."""
-    assert fences()
+@pytest.mark.parametrize("language", ["python", "sh"])
+def test_there_are_fences(language: str) -> None:
+    """Catches a change of the README's markup that leaves the tests below without a case."""
+    assert fences(language)
 
 
-@pytest.mark.parametrize("name", fences())
-def test_fence(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an example that a reader cannot paste and run; a traceback has the README's lines."""
+@pytest.mark.parametrize("name", fences("python"))
+def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an example that a reader cannot paste and run."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(fences()[name], README, "exec"), {"__name__": "__main__"})
+    exec(compile(fences("python")[name][1], README, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.skipif(not CI.exists(), reason="the sdist leaves .ci out")
+@pytest.mark.parametrize("name", fences("sh"))
+def test_commands_are_those_of_ci(name: str) -> None:
+    """Catches a command that CI does not type, and that may have ceased to work."""
+    mark, source = fences("sh")[name]
+    if mark:
+        assert mark in EXEMPT
+        return
+    script = CI.read_text(encoding="utf-8")
+    for command in source.strip().splitlines():
+        assert command in script
+
+
+def test_what_it_points_to_is_there() -> None:
+    """Catches a link, a picture or a script of a command that was moved or never made."""
+    links = LINK.findall(README.read_text(encoding="utf-8"))
+    scripts = [path for _, source in fences("sh").values() for path in SCRIPT.findall(source)]
+    local = [path for path in links if "://" not in path]
+    assert local
+    assert scripts
+    assert [path for path in local + scripts if not (ROOT / path).exists()] == []

@@ -11,10 +11,10 @@ namespace ema_ext::cpu::EMA_EXT_LEVEL {
 // Calls visit(scan, row, at, first item) for each of the rows [begin, end).
 template <class Storage, class Visit>
 EMA_EXT_INLINE void for_rows(const Problem& problem, int64_t begin, int64_t end, Visit visit) {
-  RowCursor at(problem, begin);
-  for (int64_t i = begin; i < end; ++i, at.advance()) {
-    const Row<Storage> row(problem, at);
-    visit(RowScan<Storage>(problem, row.coefficient), row, at, i * segments(problem));
+  RowCursor cursor(problem, begin);
+  for (int64_t i = begin; i < end; ++i, cursor.advance()) {
+    const Row<Storage> row(problem, cursor.at());
+    visit(RowScan<Storage>(problem, row.coefficient), row, cursor.at(), i * segments(problem));
   }
 }
 
@@ -67,7 +67,7 @@ void scan_segments(const Problem& problem, int64_t begin, int64_t end, const Car
 template <class Storage>
 void finish_rows(const Problem& problem, int64_t begin, int64_t end, const SegmentEnd* ends) {
   for_rows<Storage>(problem, begin, end,
-                    [&](const auto& scan, const auto& row, const RowCursor& at, int64_t first) {
+                    [&](const auto& scan, const auto& row, const RowOffsets& at, int64_t first) {
                       if (!scan.fits) return write_end(problem, at, walk_row<Storage>(problem, at));
                       SegmentEnd whole = ends[first];
                       for (int64_t i = 1; i < segments(problem); ++i) whole.append(ends[first + i]);

@@ -60,7 +60,7 @@ void advise_huge_pages(const Problem& problem) {
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
-void run(Problem problem) {
+void run(Problem& problem) {
   if (problem.rows == 0 || problem.length == 0) return;
   const Kernels& kernels = kernels_for(problem.x.dtype);
   uint32_t threads = 1;

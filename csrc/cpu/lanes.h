@@ -1,5 +1,6 @@
-// Rows that lie side by side in memory, as in (batch, time, channels) scanned over time: vectors of
-// rows walk along time together, so that memory is read and written in its own order.
+// Vectors of rows that walk along time together: rows that lie side by side in memory, as in
+// (batch, time, channels) scanned over time, so that memory is read and written in its own order;
+// and very short rows.
 #pragma once
 
 #include "cpu/tuning.h"
@@ -14,7 +15,7 @@ class Blocks {
   explicit Blocks(const Problem& problem) : problem_(problem) {}
 
   // Takes blocks from the next `rows` rows while a whole one fits; returns the rows left.
-  int64_t take(int64_t rows, RowCursor& at) {
+  int64_t take(int64_t rows, RowOffsets& at) {
     for (; rows >= Block::kRows; rows -= Block::kRows) new (place(count_++)) Block(problem_, at);
     return rows;
   }
@@ -36,9 +37,9 @@ class Blocks {
 // `rows` neighbouring rows from `at` on: all blocks pass through a stretch of time before any goes
 // on to the next, so that memory is met in long runs.
 template <class Storage>
-void walk_lanes(const Problem& problem, RowCursor at, int64_t rows) {
-  constexpr int kN = kLanes<double>, kWide = kLanesPerBlock / kN;
-  Blocks<Block<Storage, kN, kWide>, kBlocksPerWalk> wide(problem);
+void walk_lanes(const Problem& problem, RowOffsets at, int64_t rows) {
+  constexpr int kN = kLanes<double>, kWide = kLanesPerBlock / kN < 8 ? kLanesPerBlock / kN : 8;
+  Blocks<Block<Storage, kN, kWide>, kBlocksPerWalk * kLanesPerBlock / (kN * kWide)> wide(problem);
   Blocks<Block<Storage, kN, 1>, kWide - 1> narrow(problem);
   Blocks<Block<Storage, 1, 1>, kN - 1> single(problem);
   rows = wide.take(rows, at);
@@ -66,9 +67,10 @@ void scan_lanes(const Problem& problem, int64_t begin, int64_t end) {
     if (end - begin < count) count = end - begin;
     const int64_t first = block * kLanesPerBlock, left = width - first;
     const int64_t rows = left < count * kLanesPerBlock ? left : count * kLanesPerBlock;
-    walk_lanes<Storage>(problem, RowCursor(problem, outer * width + first), rows);
+    walk_lanes<Storage>(problem, RowCursor(problem, outer * width + first).at(), rows);
     begin += count;
   }
+  if (streams_stores(problem)) _mm_sfence();
 }
 
 }  // namespace ema_ext::cpu::EMA_EXT_LEVEL

@@ -29,42 +29,49 @@ EMA_EXT_INLINE void write(const Operand& operand, int64_t offset, double value) 
     static_cast<float*>(operand.data)[offset] = static_cast<float>(value);
 }
 
-// The offsets of one row in every operand, stepped through rows in order.
-class RowCursor {
- public:
+// The offsets of one row in every operand, in elements.
+struct RowOffsets {
   int64_t x = 0, y = 0, coefficient = 0, start = 0, state = 0;
   int64_t forward_x = 0, forward_start = 0, grad_coefficient = 0;
 
+  // By `by` rows along axis d.
+  EMA_EXT_INLINE void move(const Problem& problem, int d, int64_t by) {
+    x += by * problem.x.row_strides[d];
+    y += by * problem.y.row_strides[d];
+    coefficient += by * problem.coefficient.row_strides[d];
+    start += by * problem.start.row_strides[d];
+    state += by * problem.state.row_strides[d];
+    forward_x += by * problem.forward_x.row_strides[d];
+    forward_start += by * problem.forward_start.row_strides[d];
+    grad_coefficient += by * problem.grad_coefficient.row_strides[d];
+  }
+};
+
+// Steps through the rows in order.
+class RowCursor {
+ public:
   RowCursor(const Problem& problem, int64_t row) : problem_(problem) {
     for (int d = problem.ndim - 1; d >= 0; --d) {
       index_[d] = row % problem.sizes[d];
       row /= problem.sizes[d];
-      move(d, index_[d]);
+      at_.move(problem, d, index_[d]);
     }
   }
+
+  const RowOffsets& at() const { return at_; }
 
   // To the next row.
   EMA_EXT_INLINE void advance() {
     for (int d = problem_.ndim - 1; d >= 0; --d) {
-      if (++index_[d] < problem_.sizes[d]) return move(d, 1);
-      move(d, 1 - index_[d]);
+      if (++index_[d] < problem_.sizes[d]) return at_.move(problem_, d, 1);
+      at_.move(problem_, d, 1 - index_[d]);
       index_[d] = 0;
     }
   }
 
  private:
-  EMA_EXT_INLINE void move(int d, int64_t by) {
-    x += by * problem_.x.row_strides[d];
-    y += by * problem_.y.row_strides[d];
-    coefficient += by * problem_.coefficient.row_strides[d];
-    start += by * problem_.start.row_strides[d];
-    state += by * problem_.state.row_strides[d];
-    forward_x += by * problem_.forward_x.row_strides[d];
-    forward_start += by * problem_.forward_start.row_strides[d];
-    grad_coefficient += by * problem_.grad_coefficient.row_strides[d];
-  }
-
   const Problem& problem_;
+  RowOffsets at_;
   int64_t index_[kMaxDims];
 };
 
@@ -79,7 +86,7 @@ struct Row {
   double start;          // of kEma: x[0] where there is no initial state
   double forward_start;  // the same for forward_x
 
-  Row(const Problem& problem, const RowCursor& at)
+  Row(const Problem& problem, const RowOffsets& at)
       : x(static_cast<const Sample*>(problem.x.data) + at.x),
         y(static_cast<Sample*>(problem.y.data) + at.y),
         forward_x(nullptr),
@@ -106,7 +113,7 @@ struct RowEnd {
   double grad_coefficient = 0;  // see Problem::grad_coefficient
 };
 
-EMA_EXT_INLINE void write_end(const Problem& problem, const RowCursor& at, const RowEnd& end) {
+EMA_EXT_INLINE void write_end(const Problem& problem, const RowOffsets& at, const RowEnd& end) {
   write(problem.state, at.state, end.state);
   write(problem.grad_coefficient, at.grad_coefficient, end.grad_coefficient);
 }

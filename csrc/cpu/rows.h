@@ -21,8 +21,7 @@ struct RowScan {
   const Decay decay;
   const bool fits;
   const TileCoefficients<T> k;
-  const double segment_drop;
-  const bool stream_stores;
+  const double segment_decay, segment_drop;
 
   RowScan(const Problem& problem, double coefficient)
       : problem(problem),
@@ -33,8 +32,8 @@ struct RowScan {
              (problem.op != Op::kEmaBackward || scaled_adjoint(coefficient))),
         k(decay, problem.op == Op::kLinearRecurrence ? 1 : coefficient,
           problem.grad_coefficient.data != nullptr),
-        segment_drop(segments(problem) > 1 ? decay.power_complement(kSegmentSamples) : 0),
-        stream_stores(problem.rows * problem.length * int64_t{sizeof(Sample)} >= kStreamBytes) {}
+        segment_decay(segments(problem) > 1 ? decay.power(kSegmentSamples) : 0),
+        segment_drop(segments(problem) > 1 ? decay.power_complement(kSegmentSamples) : 0) {}
 
   Carry first_carry(const Row<Storage>& row) const {
     return {rounded(row.start * (problem.op == Op::kEmaBackward ? coefficient : decay.ratio)), 0};
@@ -43,7 +42,7 @@ struct RowScan {
   // The carry into the segment after the one with this aggregate.
   Carry next_carry(Carry carry, const Carry& aggregate) const {
     carry.error += aggregate.error;
-    carry.advance(aggregate.value, segment_drop);
+    carry.advance(aggregate.value, segment_decay, segment_drop);
     return carry;
   }
 
@@ -53,26 +52,17 @@ struct RowScan {
     const int64_t begin = index * kSegmentSamples;
     const bool last = index + 1 == segments(problem);
     const int64_t n = last ? problem.length - begin : kSegmentSamples;
-    const int64_t x_stride = problem.x.time_stride, y_stride = problem.y.time_stride;
-    Segment<Storage, kWrite> scan{problem, k, row, begin, carry, stream_stores, {}};
-    if constexpr (Storage::kDirect) {
-      if ((x_stride == 1 || x_stride == -1) && (!kWrite || x_stride == y_stride)) {
-        x_stride == 1 ? scan.template directly<1>(n) : scan.template directly<-1>(n);
-        return scan.end;
-      }
-    }
-    x_stride == -1 ? scan.template by_chunks<-1>(n) : scan.template by_chunks<1>(n);
-    return scan.end;
+    return Segment<Storage, kWrite>(problem, k, row, begin, carry).run(n);
   }
 
   // Makes streamed stores visible to other threads; once per call, not per row.
   void settle_stores() const {
-    if (stream_stores) _mm_sfence();
+    if (streams_stores(problem)) _mm_sfence();
   }
 
   // Scans a row from end to end.
-  RowEnd scan(const Row<Storage>& row, const RowCursor& at) const {
-    if (!fits || problem.length < kShortRow) return walk_row<Storage>(problem, at);
+  RowEnd scan(const Row<Storage>& row, const RowOffsets& at) const {
+    if (!fits) return walk_row<Storage>(problem, at);
     SegmentEnd whole = segment<true>(row, 0, first_carry(row));
     Carry carry = first_carry(row);
     Carry aggregate = whole.aggregate;
@@ -86,12 +76,11 @@ struct RowScan {
   }
 
   // The row's first or last sample and what it hands on, after its segments have been scanned.
-  RowEnd finish(const Row<Storage>& row, const RowCursor& at, const SegmentEnd& end) const {
+  RowEnd finish(const Row<Storage>& row, const RowOffsets& at, const SegmentEnd& end) const {
     // A non-finite sample reaches the row's last one, here as in the plain loop, but in the tiles
     // an infinity may turn into NaN.
     if (!finite(end.last)) return walk_row<Storage>(problem, at, /*only_nonfinite=*/true);
     if (problem.op != Op::kEmaBackward) {
-      if (problem.op == Op::kEma && problem.start.data == nullptr) *row.y = *row.x;
       return {end.last, 0};
     }
     const double lambda = end.last / coefficient;
@@ -104,17 +93,17 @@ struct RowScan {
 // Rows [begin, end), each scanned from end to end.
 template <class Storage>
 void scan_rows(const Problem& problem, int64_t begin, int64_t end) {
-  RowCursor at(problem, begin);
-  Row<Storage> row(problem, at);
+  RowCursor cursor(problem, begin);
+  Row<Storage> row(problem, cursor.at());
   for (;;) {
     // Rows with the same coefficient follow one another (see cpu/strategy.h).
     const double coefficient = row.coefficient;
     const RowScan<Storage> scan(problem, coefficient);
     do {
-      write_end(problem, at, scan.scan(row, at));
+      write_end(problem, cursor.at(), scan.scan(row, cursor.at()));
       if (++begin == end) return scan.settle_stores();
-      at.advance();
-      row = Row<Storage>(problem, at);
+      cursor.advance();
+      row = Row<Storage>(problem, cursor.at());
     } while (row.coefficient == coefficient);
   }
 }

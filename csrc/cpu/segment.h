@@ -1,65 +1,85 @@
-// The scan of one segment of a row, tile by tile.
+// The scan of one segment of a row, from memory to memory.
 #pragma once
 
 #include "cpu/row.h"
-#include "cpu/segment_end.h"
-#include "cpu/tile.h"
-#include "cpu/tuning.h"
+#include "cpu/tiles.h"
 
 namespace ema_ext::cpu::EMA_EXT_LEVEL {
 
 template <class Storage, bool kWrite>
-struct Segment {
+class Segment {
+ public:
   using T = typename Storage::Acc;
-  using Sample = typename Storage::Sample;
-  static constexpr int kN = kLanes<T>;
-  static constexpr int kT = kTile<T>;
 
-  const Problem& problem;
-  const TileCoefficients<T>& k;
-  const Row<Storage>& row;
-  int64_t begin;  // of the segment, in samples
-  Carry carry;
-  bool stream_stores;
-  SegmentEnd end;
+  // From sample `begin` of the row on.
+  Segment(const Problem& problem, const TileCoefficients<T>& k, const Row<Storage>& row,
+          int64_t begin, const Carry& carry)
+      : problem_(problem),
+        row_(row),
+        begin_(begin),
+        scan_{k,
+              carry,
+              begin == 0 && problem.op == Op::kEma && problem.start.data == nullptr,
+              {},
+              0} {}
+
+  SegmentEnd run(int64_t n) {
+    const int64_t x_stride = problem_.x.time_stride, y_stride = problem_.y.time_stride;
+    if constexpr (Storage::kDirect) {
+      if ((x_stride == 1 || x_stride == -1) && (!kWrite || x_stride == y_stride)) {
+        x_stride == 1 ? directly<1>(n) : directly<-1>(n);
+        return {last_, scan_.aggregate, alpha_};
+      }
+    }
+    x_stride == -1 ? by_chunks<-1>(n) : by_chunks<1>(n);
+    return {last_, scan_.aggregate, alpha_};
+  }
+
+ private:
+  using Sample = typename Storage::Sample;
+  static constexpr int kT = kTile<T>;
+  static constexpr Output kOutput = kWrite ? Output::kStored : Output::kNone;
+
+  bool with_alpha() const { return kWrite && row_.forward_x != nullptr; }
 
   // Samples of stride Direction in x and y, read and written where they are.
   template <int Direction>
   void directly(int64_t n) {
-    const Sample* x = row.x + begin * Direction;
-    Sample* y = row.y + begin * Direction;
+    const Sample* x = row_.x + begin_ * Direction;
+    Sample* y = row_.y + begin_ * Direction;
     const int64_t whole = n - n % kT;
-    const bool aligned =
-        reinterpret_cast<uintptr_t>(y + (Direction > 0 ? 0 : 1)) % kVectorBytes == 0;
+    const auto past = reinterpret_cast<uintptr_t>(y + (Direction > 0 ? 0 : 1));
+    const bool streamed = streams_stores(problem_) && past % kVectorBytes == 0 && !with_alpha();
     // The gradient to alpha reads y again, chunk by chunk.
-    const int64_t step = row.forward_x == nullptr ? whole : kChunkSamples;
+    const int64_t step = with_alpha() ? kChunkSamples : whole;
     for (int64_t done = 0; done < whole; done += step) {
       const int64_t count = whole - done < step ? whole - done : step;
       const int64_t low = Direction > 0 ? done : 1 - done - count;  // the lowest address
-      if (stream_stores && aligned && row.forward_x == nullptr)
-        tiles<Direction, true>(x + low, y + low, count);
+      if (kWrite && streamed)
+        scan_.template run<Direction, Output::kStreamed>(x + low, y + low, count);
       else
-        tiles<Direction, false>(x + low, y + low, count);
-      if (kWrite && row.forward_x != nullptr)
-        add_alpha_sums<Direction>(y + low, begin + done, count);
+        scan_.template run<Direction, kOutput>(x + low, y + low, count);
+      if (with_alpha()) add_alpha<Direction>(y + low, done, count);
     }
-    if (whole > 0) end.last = y[(whole - 1) * Direction];
-    if (n > whole) {
-      alignas(64) T buffer[kT] = {};
-      const int count = static_cast<int>(n - whole);
-      T* in_buffer = Direction > 0 ? buffer : buffer + kT - count;
-      const int64_t low = Direction > 0 ? whole : 1 - n;
-      std::memcpy(in_buffer, x + low, count * sizeof(T));
-      tiles<Direction, false>(buffer, buffer, kT);
-      if (kWrite && row.forward_x != nullptr)
-        add_alpha_sums<Direction>(buffer, begin + whole, count);
-      if (kWrite) std::memcpy(y + low, in_buffer, count * sizeof(T));
-      end.last = Direction > 0 ? in_buffer[count - 1] : in_buffer[0];
-    }
+    last_ = scan_.last;
+    if (n > whole) tail<Direction>(x, y, whole, static_cast<int>(n - whole));
   }
 
-  // Samples of any stride and dtype, through buffers in L1. Direction is that of time in the
-  // buffers: down for samples that lie in memory one below the other, else up.
+  // The last `count` samples, less than a tile, of a segment that is scanned directly.
+  template <int Direction>
+  void tail(const T* x, T* y, int64_t done, int count) {
+    alignas(64) T buffer[kT] = {};
+    T* samples = Direction > 0 ? buffer : buffer + kT - count;
+    const int64_t low = Direction > 0 ? done : 1 - done - count;
+    std::memcpy(samples, x + low, count * sizeof(T));
+    scan_.template run<Direction, kOutput>(buffer, buffer, kT);
+    if (with_alpha()) add_alpha<Direction>(buffer, done, count);
+    if (kWrite) std::memcpy(y + low, samples, count * sizeof(T));
+    last_ = Direction > 0 ? samples[count - 1] : samples[0];
+  }
+
+  // Samples of any stride and dtype, through a buffer in L1. Direction is that of time in the
+  // buffer: down for samples that lie in memory one below the other, else up.
   template <int Direction>
   void by_chunks(int64_t n) {
     alignas(64) T buffer[kChunkSamples];
@@ -67,117 +87,29 @@ struct Segment {
       const int64_t count = n - done < kChunkSamples ? n - done : kChunkSamples;
       const int64_t padded = (count + kT - 1) / kT * kT;
       T* samples = Direction > 0 ? buffer : buffer + padded - count;
-      T* padding = Direction > 0 ? buffer + count : buffer;
-      unpack<Direction>(row.x, problem.x.time_stride, begin + done, count, samples);
-      std::memset(padding, 0, (padded - count) * sizeof(T));
-      tiles<Direction, false>(buffer, buffer, padded);
-      if (kWrite && row.forward_x != nullptr)
-        add_alpha_sums<Direction>(buffer, begin + done, count);
-      if (kWrite) pack<Direction>(samples, count, begin + done);
-      end.last = Direction > 0 ? samples[count - 1] : samples[0];
+      unpack<Direction>(row_.x, problem_.x.time_stride, begin_ + done, count, samples);
+      std::memset(Direction > 0 ? buffer + count : buffer, 0, (padded - count) * sizeof(T));
+      scan_.template run<Direction, kOutput>(buffer, buffer, padded);
+      if (with_alpha()) add_alpha<Direction>(buffer, done, count);
+      if (kWrite) pack<Direction>(samples, count, begin_ + done);
+      last_ = Direction > 0 ? samples[count - 1] : samples[0];
     }
   }
 
- private:
-  // Scans n samples, whole tiles, from x to y; both are lowest addresses, and may be the same.
-  template <int Direction, bool kStream>
-  EMA_EXT_INLINE void tiles(const T* x, T* y, int64_t n) {
-    Carry carry = this->carry, aggregate = end.aggregate;
-    for (int64_t t = 0; t < n; t += kT) {
-      const int64_t low = Direction > 0 ? t : n - kT - t;
-      TileVector<T> p[kTileVectors];
-      scan_tile<T, Direction>(x + low, p, k);
-      const double decayed = rounded(k.ratio * static_cast<double>(last_sample<T, Direction>(p)));
-      aggregate.advance(decayed, k.drop);
-      if constexpr (kWrite) {
-        add_carry<T, Direction>(p, carry.value, k);
-        carry.advance(decayed, k.drop);
-#pragma GCC unroll 16
-        for (int v = 0; v < kTileVectors; ++v) {
-          if constexpr (kStream)
-            stream(y + low + v * kN, p[v]);
-          else
-            store(y + low + v * kN, p[v]);
-        }
-      }
-    }
-    this->carry = carry;
-    end.aggregate = aggregate;
-  }
-
-  // The gradient to alpha of the chunk [first, first + count), whose alpha * lambda is in y, padded
-  // to whole tiles at the end of the scan.
+  // The chunk of `count` samples after `done`, padded to whole tiles at the end of the scan: y
+  // holds its alpha * lambda.
   template <int Direction>
-  void add_alpha_sums(const T* y, int64_t first, int64_t count) {
-    // Laid out for the whole chunk before any tile is read again at other offsets: a load across
-    // two stores still on their way waits for both.
-    alignas(64) T forward[kChunkSamples];
-    const int64_t padded = (count + kT - 1) / kT * kT;
-    T* samples = Direction > 0 ? forward : forward + padded - count;
-    unpack<Direction>(row.forward_x, problem.forward_x.time_stride, first, count, samples);
-    T references[kChunkSamples / kT];
-    for (int64_t i = 0; i < padded / kT; ++i)
-      references[i] =
-          measure_from_reference<Direction>(forward + i * kT, valid_in<Direction>(i, count));
-    for (int64_t t = 0; t < padded / kT; ++t) {
-      const int64_t i = Direction > 0 ? t : padded / kT - 1 - t;
-      end.alpha.prepend(alpha_sums<Direction>(y + i * kT, forward + i * kT, references[i],
-                                              valid_in<Direction>(i, count)));
-    }
-  }
-
-  // How many samples of the i-th tile of a padded chunk are not padding.
-  template <int Direction>
-  static EMA_EXT_INLINE int valid_in(int64_t i, int64_t count) {
-    const int64_t rest = count % kT;
-    const int64_t last = Direction > 0 ? count / kT : 0;
-    return static_cast<int>(rest != 0 && i == last ? rest : kT);
-  }
-
-  // Subtracts the first sample in the forward's time from all, and returns it; padding becomes 0.
-  template <int Direction>
-  static EMA_EXT_INLINE T measure_from_reference(T* tile, int valid) {
-    T* samples = Direction > 0 ? tile : tile + kT - valid;
-    const T reference = Direction > 0 ? samples[valid - 1] : samples[0];
-    if (valid == kT) {
-      for (int i = 0; i < kT; ++i) tile[i] -= reference;
-    } else {
-      for (int i = 0; i < valid; ++i) samples[i] -= reference;
-      std::memset(Direction > 0 ? tile + valid : tile, 0, (kT - valid) * sizeof(T));
-    }
-    return reference;
-  }
-
-  // Of one tile: y holds alpha * lambda, `forward` the forward's samples less their reference.
-  template <int Direction>
-  EMA_EXT_INLINE AlphaSums alpha_sums(const T* y, const T* forward, T reference, int valid) const {
-    constexpr int kForward = -Direction;
-    const T* powers = k.template powers<kForward>() - kForward * (kT - valid);
-    TileVector<T> p[kTileVectors];
-    scan_tile<T, kForward>(forward, p, k);
-    TileVector<T> share{}, weight{}, before{};
-#pragma GCC unroll 16
-    for (int v = 0; v < kTileVectors; ++v) {
-      const int a = at<kForward>(v);
-      const auto adjoint = load<TileVector<T>>(y + a * kN);
-      const auto y_before = earlier_by<1, kForward, T, kN>(before, p[a]);
-      share += adjoint * (load<TileVector<T>>(forward + a * kN) - y_before);
-      weight += adjoint * load<TileVector<T>>(powers + a * kN);
-      before = p[a];
-    }
-    AlphaSums sums;
-    sums.reference = reference;
-    sums.share = sum_lanes<T, kN>(share);
-    sums.weight = sum_lanes<T, kN>(weight);
-    sums.aggregate = last_sample<T, kForward>(p);
-    sums.decay = 1 - (valid == kT ? k.drop : k.decay.power_complement(valid));
-    return sums;
+  void add_alpha(const T* y, int64_t done, int64_t count) {
+    alignas(64) T x[kChunkSamples];
+    T* samples = Direction > 0 ? x : x + (kT - count % kT) % kT;
+    unpack<Direction>(row_.forward_x, problem_.forward_x.time_stride, begin_ + done, count,
+                      samples);
+    AlphaScan<T, Direction>{scan_.k}.prepend_chunk(y, x, count, alpha_);
   }
 
   // `count` samples from `first` on, into the order of addresses that Direction stands for.
   template <int Direction>
-  EMA_EXT_INLINE void unpack(const Sample* from, int64_t stride, int64_t first, int64_t count,
-                             T* to) const {
+  static void unpack(const Sample* from, int64_t stride, int64_t first, int64_t count, T* to) {
     from += first * stride;
     if (stride == Direction) {
       Storage::unpack(Direction > 0 ? from : from - (count - 1), count, to);
@@ -188,9 +120,9 @@ struct Segment {
   }
 
   template <int Direction>
-  EMA_EXT_INLINE void pack(const T* from, int64_t count, int64_t first) const {
-    const int64_t stride = problem.y.time_stride;
-    Sample* to = row.y + first * stride;
+  void pack(const T* from, int64_t count, int64_t first) const {
+    const int64_t stride = problem_.y.time_stride;
+    Sample* to = row_.y + first * stride;
     if (stride == Direction) {
       Storage::pack(from, count, Direction > 0 ? to : to - (count - 1));
     } else {
@@ -198,6 +130,13 @@ struct Segment {
         to[i * stride] = Storage::put(from[Direction > 0 ? i : count - 1 - i]);
     }
   }
+
+  const Problem& problem_;
+  const Row<Storage>& row_;
+  const int64_t begin_;
+  TileScan<T> scan_;
+  T last_ = 0;
+  AlphaSums alpha_;
 };
 
 }  // namespace ema_ext::cpu::EMA_EXT_LEVEL

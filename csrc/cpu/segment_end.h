@@ -19,9 +19,15 @@ struct Carry {
   double value = 0;
   double error = 0;
 
-  // Over samples that contribute `aggregate` to the sample after them and decay what came before
-  // them by 1 - drop.
-  EMA_EXT_LAW void advance(double aggregate, double drop) {
+  // Over samples that contribute `aggregate` to the sample after them, and decay what came before
+  // them by `decay`, of which drop = 1 - decay. By differences where the decay is slow, so that it
+  // enters by its small complement; where it is fast they would cancel.
+  EMA_EXT_LAW void advance(double aggregate, double decay, double drop) {
+    if (drop > 0.5) {
+      value = decay * value + aggregate;
+      error = 0;
+      return;
+    }
     const double change = (aggregate - drop * value) + error;
     const double next = value + change;
     error = change - (next - value);

@@ -7,6 +7,9 @@
 // says EMA_EXT_VECTOR_BYTES instead: 16 with SSE2, 32 with AVX2, FMA and F16C, 64 with AVX-512.
 #pragma once
 
+// GCC 12 warns of the undefined vectors that AVX-512 intrinsics start from.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
 #include <immintrin.h>
 
 #include <cstddef>
@@ -46,13 +49,12 @@ EMA_EXT_INLINE void store(void* to, V v) {
 // Stores past the caches; `to` is aligned to the vector. A store fence must follow the last one.
 template <class V>
 EMA_EXT_INLINE void stream(void* to, V v) {
-  static_assert(sizeof v == kVectorBytes);
-#if EMA_EXT_VECTOR_BYTES == 64
-  _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
-#elif EMA_EXT_VECTOR_BYTES == 32
-  _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
-#else
-  _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
+  if constexpr (sizeof v == 16) _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
+#if EMA_EXT_VECTOR_BYTES >= 32
+  if constexpr (sizeof v == 32) _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
+#endif
+#if EMA_EXT_VECTOR_BYTES >= 64
+  if constexpr (sizeof v == 64) _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
 #endif
 }
 

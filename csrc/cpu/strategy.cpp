@@ -25,11 +25,15 @@ void move_axis(Problem& problem, int from, int to) {
     rotate(operand->row_strides);
 }
 
-// The axis along which rows lie side by side in every tensor of samples, or -1.
+// The axis whose rows walk side by side, or -1: one along which they touch in every tensor of
+// samples; for very short rows, whatever their strides, the longest.
 int lane_axis(const Problem& problem) {
+  if (problem.length < kShortRow) {
+    const int64_t* longest = std::max_element(problem.sizes, problem.sizes + problem.ndim);
+    return problem.ndim > 0 ? static_cast<int>(longest - problem.sizes) : -1;
+  }
   const bool contiguous_in_time = problem.x.time_stride == 1 || problem.x.time_stride == -1;
-  if (contiguous_in_time) return -1;
-  for (int d = 0; d < problem.ndim; ++d) {
+  for (int d = 0; d < problem.ndim && !contiguous_in_time; ++d) {
     if (problem.x.row_strides[d] == 1 && problem.y.row_strides[d] == 1 &&
         (problem.forward_x.data == nullptr || problem.forward_x.row_strides[d] == 1))
       return d;
@@ -48,7 +52,7 @@ Plan make_plan(Problem& problem, int threads) {
     return {Strategy::kLanes, blocks, problem.length * std::min<int64_t>(width, kLanesPerBlock)};
   }
   // Rows of one coefficient follow one another, so that its powers are computed once.
-  if (problem.coefficient.data != nullptr && problem.length >= kShortRow) {
+  if (problem.coefficient.data != nullptr) {
     int front = 0;
     for (int d = 0; d < problem.ndim; ++d)
       if (problem.coefficient.row_strides[d] != 0) move_axis(problem, d, front++);

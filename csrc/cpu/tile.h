@@ -35,6 +35,7 @@ struct TileCoefficients {
 
   Decay decay;
   double ratio;                           // c
+  double tile_decay;                      // c^tile
   double drop;                            // 1 - c^tile
   T taps[kTaps];                          // in * c^j: the first window
   T window[5];                            // c^kTaps, c^(2 kTaps), ...: from one window to the next
@@ -54,7 +55,10 @@ struct TileCoefficients {
 
   // sample_powers are left out unless asked for: they take longer than the rest.
   TileCoefficients(const Decay& decay, double in, bool with_sample_powers)
-      : decay(decay), ratio(decay.ratio), drop(decay.power_complement(kTile<T>)) {
+      : decay(decay),
+        ratio(decay.ratio),
+        tile_decay(decay.power(kTile<T>)),
+        drop(decay.power_complement(kTile<T>)) {
     double power[kN + 1];
     fill_powers(decay, power);
     for (int j = 0; j < kTaps; ++j) taps[j] = static_cast<T>(in * power[j]);
@@ -63,7 +67,7 @@ struct TileCoefficients {
     for (int v = 0; v < kTileVectors; ++v) hops[v] = static_cast<T>(hop_power(decay, power[kN], v));
     hop = hops[1];
     hop2 = hops[2];
-    steep = decay.power(kTile<T>) < kSmallestPower<T>;
+    steep = tile_decay < kSmallestPower<T>;
     if (with_sample_powers) fill_sample_powers();
   }
 
@@ -173,6 +177,14 @@ EMA_EXT_INLINE void scan_tile(const T* x, TileVector<T>* p, const TileCoefficien
 template <class T, int Direction>
 EMA_EXT_INLINE T last_sample(const TileVector<T>* p) {
   return Direction > 0 ? p[kTileVectors - 1][kLanes<T> - 1] : p[0][0];
+}
+
+template <class T, int Direction>
+EMA_EXT_INLINE void set_first_sample(TileVector<T>* p, T value) {
+  if constexpr (Direction > 0)
+    p[0][0] = value;
+  else
+    p[kTileVectors - 1][kLanes<T> - 1] = value;
 }
 
 // Adds the carry's share to a tile scanned from zero.

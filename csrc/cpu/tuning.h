@@ -19,8 +19,8 @@ inline __attribute__((always_inline)) int64_t segments(const Problem& problem) {
   return (problem.length + kSegmentSamples - 1) / kSegmentSamples;
 }
 
-// Rows shorter than this go sample by sample: a tile's fixed cost is that of about 20 samples.
-constexpr int64_t kShortRow = 16;
+// Rows shorter than this walk side by side, sample by sample: a tile has a fixed cost.
+constexpr int64_t kShortRow = 32;
 
 // Samples that pass through a buffer in L1 at a time, where the kernel cannot read memory directly.
 // A multiple of every tile.
@@ -29,6 +29,10 @@ constexpr int64_t kChunkSamples = 1024;
 // Outputs from here on do not stay in the cache anyway: stores that pass it by save reading the
 // lines first.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+inline __attribute__((always_inline)) bool streams_stores(const Problem& problem) {
+  return problem.rows * problem.length * bytes_of(problem.y.dtype) >= kStreamBytes;
+}
 
 // glibc maps larger blocks anew at each allocation, and 4 kB page faults take most of the time.
 // Smaller ones it reuses, where huge pages would only cost.
