@@ -34,6 +34,7 @@ from methods import (
     FORWARD,
     LEARN,
     OURS,
+    PERIOD,
     Method,
     Problem,
     difference,
@@ -360,7 +361,7 @@ def left_out(run: Run) -> str:
     for method, (first, *more) in reasons.items():
         larger = f", and so {len(more)} larger problems" if more else ""
         lines.append(f"* {method}: {first}{larger}")
-    return "Left out:\n\n" + "\n".join(lines) if lines else ""
+    return "\n".join(lines)
 
 
 def machine(device: str) -> dict[str, str]:
@@ -399,21 +400,27 @@ def as_json(run: Run, verdicts: Sequence[dict[str, Any]], command: str) -> dict[
     }
 
 
-def report(run: Run, methods: Sequence[Method]) -> str:
-    """The tables for a reader, in Markdown, but for the bars'."""
+def report(run: Run, methods: Sequence[Method], verdicts: Sequence[dict[str, Any]]) -> str:
+    """The tables for a reader, in Markdown; those of the summary first."""
     measured = {problem for problem, _ in run.samples}
 
-    def of(problems: Sequence[Problem]) -> list[Problem]:
-        return [problem for problem in problems if problem in measured]
+    def tables(title: str, problems: Sequence[Problem]) -> list[str]:
+        there = [problem for problem in problems if problem in measured]
+        return [against_torch(run, there, title)] if there else []
 
-    parts = []
-    for title, problems in (("float32", SHAPES), ("dtype", DTYPES), ("layout", LAYOUTS)):
-        if of(problems):
-            parts.append(against_torch(run, of(problems), title))
-    if PEER_ROW in measured:
-        parts.append(peer_table(run, methods, PEER_ROW))
-    parts += [memory_table(run, methods, p) for p in dict.fromkeys(p for p, _ in run.memory)]
-    return "\n\n".join(parts)
+    sections = {
+        "Summary": [*tables("float32", SHAPES), peer_table(run, methods, PEER_ROW)],
+        "Dtypes and layouts": [*tables("dtype", DTYPES), *tables("layout", LAYOUTS)],
+        "Memory": [
+            memory_table(run, methods, problem)
+            for problem in dict.fromkeys(problem for problem, _ in run.memory)
+        ],
+        "Bars": [bar_table(verdicts)] if verdicts else [],
+        "Left out": [left_out(run)],
+    }
+    return "\n\n".join(
+        f"### {title}\n\n" + "\n\n".join(parts) for title, parts in sections.items() if any(parts)
+    )
 
 
 COLORS = {
@@ -472,7 +479,7 @@ def options_from(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer samples: under two minutes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, nargs="+", help="1 and 2, as far as there are CPUs")
     parser.add_argument("--only-bars", action="store_true", help="nothing but what the bars need")
     parser.add_argument("--details", action="store_true", help="print every timing as well")
     parser.add_argument("--json", type=Path, default=Path("bench.json"), help="every sample")
@@ -482,6 +489,12 @@ def options_from(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.max_seconds is None:
         options.max_seconds = 0.2 if options.quick else 6.0
+    if options.device == "cuda":
+        if options.only_bars or options.threads:
+            parser.error("--only-bars and --threads are for --device cpu")
+        options.threads = [1]
+    if options.threads is None:
+        options.threads = [count for count in (1, 2) if count <= torch.get_num_threads()]
     return options
 
 
@@ -496,7 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     peers, absent = installed_peers()
     methods = [OURS, CLONE, CUMSUM, *FORUM, *peers]
-    run = Run(options.device, options.threads if options.device == "cpu" else [1], absent=absent)
+    run = Run(options.device, options.threads, absent=absent)
     entries = plan(run.threads, methods, options.quick)
     if options.only_bars:
         entries = only_bars(entries)
@@ -512,19 +525,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure_memory(run, some, options, progress("memory"), MEMORY)
         draw(run, options.plot)
     verdicts = [verdict(run, bar) for bar in BARS] if options.device == "cpu" else []
-    command = " ".join(["python benchmarks/bench.py", *(arguments or sys.argv[1:])])
+    given = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python benchmarks/bench.py", *given])
     options.json.write_text(json.dumps(as_json(run, verdicts, command), indent=1) + "\n")
 
     facts = machine(options.device)
-    print(f"`{command}` on {facts.get('GPU', facts['processor'])}, torch {torch.__version__}, ")
-    print(f"{facts['CPU level']}, one alpha. The least of the samples, and how far above it their ")
-    print("median lies.\n")
-    parts = [] if options.only_bars else [report(run, methods)]
-    if verdicts:
-        parts.append(bar_table(verdicts))
+    print(
+        f"`{command}` on {facts.get('GPU', facts['processor'])}, {facts['CPU level']}, "
+        f"torch {torch.__version__}, alpha 2/{PERIOD + 1}. A time is the least of its samples; in "
+        f"brackets, how far above it their median lies. Where no threads are named, one runs.\n"
+    )
+    print(bar_table(verdicts) if options.only_bars else report(run, methods, verdicts))
     if options.details:
-        parts.append(everything(run))
-    print("\n\n".join(filter(None, [*parts, left_out(run)])))
+        print("\n" + everything(run))
     print(f"\n{time.perf_counter() - began:.0f} s in all; every sample in {options.json}")
 
 

@@ -41,12 +41,12 @@ class Effort:
 
     rounds: int  # samples, at most
     sample: float  # seconds of one sample, at least
-    budget: float  # seconds of all samples, about; two samples are taken in any case
+    budget: float  # seconds of all samples, about; two are taken in any case
 
     def plan(self, once: float) -> tuple[int, int]:
         """Calls a sample and samples, for a call that took `once` seconds."""
         repeats = max(1, round(self.sample / once))
-        return repeats, min(self.rounds, max(2, round(self.budget / (once * repeats))))
+        return repeats, max(2, min(self.rounds, round(self.budget / (once * repeats))))
 
 
 def take_turns(
@@ -61,12 +61,16 @@ def take_turns(
     try:
         plans = {}
         for key, contender in contenders.items():
-            _turn(contender, 1, device)
-            plans[key] = effort.plan(_turn(contender, 1, device))
-        for turn in range(effort.rounds):
+            once = _turn(contender, 1, device)
+            if once < UNHURRIED / 10:  # an unlucky look would settle on too few calls
+                once = min(once, *(_turn(contender, 1, device) for _ in range(2)))
+            plans[key] = effort.plan(once)
+            if plans[key][0] == 1:
+                samples[key].append(once)
+        for _ in range(max(2, effort.rounds)):
             for key in order.sample(list(contenders), len(contenders)):
                 repeats, rounds = plans[key]
-                if turn < rounds:
+                if len(samples[key]) < rounds:
                     samples[key].append(_turn(contenders[key], repeats, device))
     finally:
         torch.set_num_threads(threads)

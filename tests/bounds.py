@@ -158,8 +158,11 @@ def gradient_bounds(
         weight[0] = 1
     grad_x = problem.restore(weight * carried_error)
 
-    alpha_error = _tiled_terms if roundings is KERNEL else _plain_terms
-    terms = alpha_error(problem, grad_y, grad_state, carried, carried_error, roundings, dtype)
+    if roundings is KERNEL:
+        adjoint = oracle.adjoint(problem, grad_y, grad_state)
+        terms = _kernel_terms(problem, adjoint, carried, carried_error, dtype)
+    else:
+        terms = _plain_terms(problem, carried, carried_error, roundings, dtype)
     grad_alpha = _stored(exact.alpha, problem.to_alpha(terms), _dtype(alpha))
 
     grad_start = None
@@ -317,9 +320,8 @@ def _backward(
 
 
 def _plain_terms(
-    problem: Problem, grad_y: Any, grad_state: Any, carried: Array, carried_error: Array,
-    roundings: Roundings, dtype: torch.dtype,
-) -> Array:  # fmt: skip
+    problem: Problem, carried: Array, carried_error: Array, roundings: Roundings, dtype: torch.dtype
+) -> Array:
     """By how much each term of alpha's gradient may be wrong: loop, matmul."""
     size, size_error = _forward(problem, roundings, dtype)
     first = problem.x[0] if problem.start is None else problem.start
@@ -330,10 +332,9 @@ def _plain_terms(
     return carried_error * span + carried * (before_error + count * span)
 
 
-def _tiled_terms(
-    problem: Problem, grad_y: Any, grad_state: Any, carried: Array, carried_error: Array,
-    roundings: Roundings, dtype: torch.dtype,
-) -> Array:  # fmt: skip
+def _kernel_terms(
+    problem: Problem, adjoint: Array, carried: Array, carried_error: Array, dtype: torch.dtype
+) -> Array:
     """By how much each term of alpha's gradient may be wrong: the kernels."""
     with np.errstate(all="ignore"):
         innovation = oracle.innovation(problem)
@@ -341,9 +342,8 @@ def _tiled_terms(
         drive = np.abs(problem.weight) * near
         before = np.concatenate([near[:1] * 0, _magnitudes(problem.weight, drive)[:-1]])
         kappa = _magnitudes(oracle.later(problem.weight), carried[::-1].copy())[::-1]
-        adjoint = oracle.adjoint(problem, grad_y, grad_state)
         so_far = np.abs(np.cumsum((adjoint * innovation)[::-1], axis=0)[::-1])
-        base, u = roundings.base, unit(dtype)
+        base, u = KERNEL.base, unit(dtype)
         # the oracle's own error in y
         _, unsure = _forward(oracle.centred(problem), Roundings(base=0), dtype)
         before_unsure = np.concatenate([unsure[:1] * 0, unsure[:-1]]) + 3 * oracle.UNIT * size

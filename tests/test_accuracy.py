@@ -197,12 +197,12 @@ def test_gradient_to_alpha(length: int, kind: str, dtype: torch.dtype, layout: s
     got = alpha_gradient(x, grad_y, ALPHAS, s)
     exact = oracle.ema_backward(grad_y, x, ALPHAS, initial_state=s).alpha
     derived = bounds.gradient_bounds(grad_y, x, ALPHAS, initial_state=s).alpha
-    bounds.assert_within(got, exact, derived, f"alpha's gradient, derived, {layout}")
+    name = f"alpha's gradient, {layout}, {str(dtype).removeprefix('torch.')} x"
+    bounds.assert_within(got, exact, derived, f"{name}, derived")
     # In float64 a sum over time of the size of lambda / alpha is rounded with no digits to spare.
     held = slice(None) if dtype == torch.float32 else ALPHAS[:, 0] >= 1 / 16
     required = bounds.alpha_requirement(grad_y, x, ALPHAS, initial_state=s)
-    label = f"alpha's gradient, required, {layout}"
-    bounds.assert_within(got[held], exact[held], required[held], label)
+    bounds.assert_within(got[held], exact[held], required[held], f"{name}, required")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -38,22 +38,18 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 
 def everything(x: Tensor, alpha: Tensor, s: Tensor | None, reverse: bool) -> list[Tensor]:
     """y, the state and all gradients."""
-    inputs = [t.detach().requires_grad_() for t in (x, alpha, *([] if s is None else [s]))]
-    y, state = ema(*inputs[:2], initial_state=inputs[2] if s is not None else None,
-                   reverse=reverse, return_state=True)  # fmt: skip
-    grad_y = signal(*x.shape[:-1], 1000, dtype=x.dtype, seed=5).repeat(
-        *(1 for _ in x.shape[:-1]), -(-x.shape[-1] // 1000)
+    inputs = [t.detach().requires_grad_() for t in (x, alpha, s) if t is not None]
+    y, state = ema(
+        *inputs[:2], initial_state=(*inputs, None)[2], reverse=reverse, return_state=True
     )
-    return [y, state, *torch.autograd.grad([y, state], inputs,
-                                           [grad_y[..., : x.shape[-1]], torch.ones_like(state)])]  # fmt: skip
+    grads = (noise(*x.shape, dtype=x.dtype, seed=5), torch.ones_like(state))
+    return [y, state, *torch.autograd.grad([y, state], inputs, grads)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("gathered", [False, True])
-def test_cut_rows_for_any_number_of_threads(
-    gathered: bool, rows: int, dtype: torch.dtype
-) -> None:
+def test_cut_rows_for_any_number_of_threads(gathered: bool, rows: int, dtype: torch.dtype) -> None:
     """Catches a fold, a tail or a fused product that differs where segments run apart."""
     alpha = torch.tensor([[1e-5], [0.01], [0.7]], dtype=torch.float64)[:rows]
     for length, reverse in zip(LENGTHS, (False, True, False, True, False), strict=True):
@@ -70,9 +66,9 @@ def test_cut_rows_for_any_number_of_threads(
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("length", [2 * SEGMENT + 1, 3 * SEGMENT - 1])
-def test_cut_rows_are_right(length: int, dtype: torch.dtype) -> None:
+def test_cut_rows_are_right(dtype: torch.dtype) -> None:
     """Catches a carry between segments that is lost, late, or kept without its rounding error."""
+    length = 3 * SEGMENT - 1
     alpha = torch.tensor([[1e-5], [1e-3], [0.3]], dtype=torch.float64, requires_grad=True)
     x = noise(3, length, dtype=dtype).requires_grad_()
     s = signal(3, seed=1).requires_grad_()
@@ -131,10 +127,10 @@ def test_outputs_on_huge_pages(skipped: int, reverse: bool) -> None:
     x = noise(9_000_001)[skipped:].requires_grad_()
     y = ema(x, 0.3, reverse=reverse)
     assert y.nbytes > 32 << 20
-    # a stretch in the middle, once by itself: 200 samples on, its start weighs 0.7 ** 200 < 1e-30
-    for begin in (0, 4_000_000, 8_990_000):
+    # stretches by themselves: what lies 200 samples from a cut weighs 0.7 ** 200 < 1e-30
+    for begin in (0, 4_000_000, len(x) - 10_000):
         part = x.detach()[begin : begin + 10_000]
-        inner = slice(None if begin == 0 else 200, None if begin == 8_990_000 else -200)
+        inner = slice(0 if begin == 0 else 200, 10_000 if begin > 4_000_000 else 9_800)
         expected = oracle.ema(part, 0.3, reverse=reverse)[inner]
         bound = bounds.pointwise_bound(part, 0.3, reverse=reverse)[inner]
         bounds.assert_within(y.detach()[begin : begin + 10_000][inner], expected, bound, "huge")
@@ -145,11 +141,6 @@ def test_outputs_on_huge_pages(skipped: int, reverse: bool) -> None:
 
 
 # Non-finite samples in long rows
-
-
-def loop_after(x: Tensor, where: int, bad: float) -> Tensor:
-    """What the plain loop gives from the first non-finite sample on."""
-    return torch.full_like(x[..., where:], bad)
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -166,9 +157,7 @@ def test_bad_sample_early_in_ten_million(bad: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_bad_sample_at_the_edge_of_a_segment(
-    threads: int, bad: float, dtype: torch.dtype
-) -> None:
+def test_bad_sample_at_the_edge_of_a_segment(threads: int, bad: float, dtype: torch.dtype) -> None:
     """Catches a row redone from the wrong sample; what comes before stays bit for bit."""
     torch.set_num_threads(threads)
     clean = noise(2, 2 * SEGMENT + 77, dtype=dtype)

@@ -86,7 +86,7 @@ struct Row {
   double start;          // of kEma: x[0] where there is no initial state
   double forward_start;  // the same for forward_x
 
-  Row(const Problem& problem, const RowOffsets& at)
+  EMA_EXT_INLINE Row(const Problem& problem, const RowOffsets& at)
       : x(static_cast<const Sample*>(problem.x.data) + at.x),
         y(static_cast<Sample*>(problem.y.data) + at.y),
         forward_x(nullptr),

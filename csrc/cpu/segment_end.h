@@ -8,8 +8,9 @@ namespace ema_ext::cpu {
 #define EMA_EXT_LAW inline __attribute__((always_inline))
 
 // A product as a value of its own: without this the compiler may fuse it into a sum that it enters,
-// in one place and not in another, and results would depend on the number of threads.
-EMA_EXT_LAW double rounded(double product) {
+// in one place and not in another, and results would depend on the number of threads or of rows.
+template <class Double>  // or a vector of them
+EMA_EXT_LAW Double rounded(Double product) {
   asm("" : "+x"(product));
   return product;
 }

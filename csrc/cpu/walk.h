@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/row.h"
+#include "cpu/segment_end.h"
 #include "cpu/tuning.h"
 
 namespace ema_ext::cpu::EMA_EXT_LEVEL {
@@ -69,7 +70,7 @@ struct Recurrence {
   D ratio, in, state, error;
 
   EMA_EXT_INLINE void step(D x) {
-    const D plain = ratio * state + in * x;
+    const D plain = ratio * state + rounded(in * x);
     if constexpr (kCompensated) {
       // state + in * (x - state) with the rounding error of the sum carried on: 1 - in has lost
       // the low bits of in. Not for a non-finite state, whose difference with itself is NaN.

@@ -1,0 +1,229 @@
+"""The benchmarks' own machinery, on inputs too small to time anything."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import bounds
+import numpy as np
+import oracle
+import pytest
+import torch
+from cases import signal
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import accuracy  # noqa: E402
+import bench  # noqa: E402
+import compare  # noqa: E402
+import loops  # noqa: E402
+from bars import BARS, Bar, Entry  # noqa: E402
+from measure import Contender, Effort, take_turns  # noqa: E402
+from methods import ALPHA, BOTH, FORUM, FORWARD, LEARN, Problem, installed_peers  # noqa: E402
+
+ALL = SimpleNamespace(max_seconds=60.0, max_gib=1.0)
+SHORT = Effort(rounds=3, sample=1e-6, budget=600)
+TINY = (Problem((1, 200)), Problem((4, 50), layout="transposed"), Problem((3, 20, 2), dim=1))
+
+
+def methods() -> list[Any]:
+    return [bench.OURS, bench.CLONE, bench.CUMSUM, *FORUM, *installed_peers()[0]]
+
+
+@pytest.fixture(scope="module")
+def tiny_run() -> Any:
+    """A run of everything over tiny problems, on one and two threads."""
+    run = bench.Run("cpu", [1, 2])
+    some = [method for method in methods() if not method.compiles]
+    entries = [
+        Entry(method.name, which, threads)
+        for method in some
+        for which in (FORWARD, BOTH, LEARN)
+        for threads in ((1, 2) if method.everywhere else (1,))
+    ]
+    plan = dict.fromkeys(TINY, entries)
+    bench.measure_times(run, plan, some, SHORT, ALL, lambda problems: problems)
+    return run
+
+
+def test_contenders_take_turns() -> None:
+    """Catches one contender timed after the other, and a number of threads that stays set."""
+    calls: list[str] = []
+    threads = torch.get_num_threads()
+    contenders = {name: Contender(lambda n=name: calls.append(n), 1) for name in "abc"}
+    samples = take_turns(contenders, Effort(rounds=20, sample=0, budget=1))
+    assert {len(some) for some in samples.values()} == {20}
+    rounds = [calls[i : i + 6 : 2] for i in range(6, len(calls), 6)]  # after a warm-up each
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    assert len({tuple(turn) for turn in rounds}) > 1
+    assert torch.get_num_threads() == threads
+
+
+def test_tiny_run(tiny_run: Any) -> None:
+    """Catches a method that a pass or a layout breaks, and a table that loses a timing."""
+    for problem in TINY:
+        for which in (FORWARD, BOTH, LEARN):
+            assert len(tiny_run.samples[problem, Entry("ema_ext", which, 2)]) == SHORT.rounds
+    assert (TINY[0], Entry("for-loop (forum)", BOTH)) in tiny_run.samples
+    assert not tiny_run.skipped
+    text = bench.everything(tiny_run)
+    assert text.count("\n") == len(tiny_run.samples) + 1
+    table = bench.against_torch(tiny_run, TINY, "tiny")
+    assert table.count("\n") == len(TINY) + 1
+    assert " - " not in table
+
+
+def test_methods_compute_the_same() -> None:
+    """Catches a peer with another meaning of alpha, another start, or another axis."""
+    length = 2000
+    row = Problem((1, length))
+    run = bench.Run("cpu", [1])
+    bench.measure_differences(run, methods(), ALL, row)
+    assert {"ema_ext", "for-loop (forum)", "weight matrix (forum)"} <= set(run.differences)
+    x = row.input("cpu")
+    # More roundings than any of them has; what conv1d leaves out; ema_ext's own error.
+    most = bounds.Roundings(base=2 * length, per_step=4, truncation=1e-8)
+    bound = bounds.pointwise_bound(x, ALPHA, roundings=most).max()
+    bound = float(bound / np.abs(oracle.ema(x, ALPHA)).max())
+    assert run.differences["ema_ext"] == 0
+    assert max(run.differences.values()) <= bound
+
+
+def test_plan_covers_every_bar() -> None:
+    """Catches a bar whose timings the plan, or the plan of the bars alone, leaves out."""
+    entries = bench.plan([1, 2], methods(), quick=True)
+    for plan in (entries, bench.only_bars(entries)):
+        for bar in BARS:
+            assert {bar.ours, bar.other} <= set(plan[bar.problem])
+
+
+def test_verdicts() -> None:
+    """Catches a ratio upside down, and a bar that counts as met though it was not measured."""
+    problem, fast, slow = Problem((1, 10)), Entry("ema_ext"), Entry("other")
+    run = bench.Run("cpu", [1])
+    at_most, at_least = Bar(problem, fast, slow, 0.4, True), Bar(problem, fast, slow, 4, False)
+    assert bench.verdict(run, at_most)["met"] is None
+    run.samples = {(problem, fast): [1.0, 9.0], (problem, slow): [5.0, 3.0]}
+    found = [bench.verdict(run, bar) for bar in (at_most, at_least)]
+    assert [v["measured"] for v in found] == [1 / 3, 3.0]
+    assert [v["met"] for v in found] == [True, False]
+    assert bench.bar_table(found).endswith("2 bars: 1 met, 1 missed, 0 not measured.")
+
+
+def as_json(run: Any) -> dict[str, Any]:
+    """As compare.py finds it in a file."""
+    found: dict[str, Any] = json.loads(json.dumps(bench.as_json(run, [], "test")))
+    return found
+
+
+@pytest.fixture
+def steady(tiny_run: Any) -> dict[str, Any]:
+    """A run's JSON with samples of a known spread: the lower quartile is 1 % above the least."""
+    data = as_json(tiny_run)
+    for time in data["times"]:
+        least = min(time["seconds"])
+        time["seconds"] = [least * factor for factor in (1, 1.01, 1.02, 1.03, 1.04)]
+    return data
+
+
+def scaled(data: dict[str, Any], method: str | None, factor: float) -> dict[str, Any]:
+    """The same with a method (None: all) slower on the first problem (None: on all)."""
+    data = copy.deepcopy(data)
+    for time in data["times"]:
+        if method is None or (time["method"], time["name"]) == (method, TINY[0].name):
+            time["seconds"] = [seconds * factor for seconds in time["seconds"]]
+    return data
+
+
+def test_compare_finds_what_moved(steady: dict[str, Any]) -> None:
+    """Catches a change that noise swallows, and one without a sign."""
+    passes = 3 * 2  # of the first problem: passes times threads
+    text, lost = compare.report(steady, scaled(steady, "ema_ext", 1.5))
+    assert lost
+    assert text.count("(+50%") == passes
+    text, lost = compare.report(steady, scaled(steady, "ema_ext", 1 / 1.5))
+    assert not lost
+    assert text.count("(-33%") == passes
+
+
+def test_compare_leaves_noise_alone(steady: dict[str, Any]) -> None:
+    """Catches a slower machine, or a step inside the runs' own spread, reported as a change."""
+    for after in (steady, scaled(steady, None, 3.0), scaled(steady, "ema_ext", 1.03)):
+        text, lost = compare.report(steady, after)
+        assert not lost
+        assert text.startswith("0 of")
+    noisy = copy.deepcopy(steady)
+    for time in noisy["times"]:
+        time["seconds"] = [min(time["seconds"]) * factor for factor in (1, 1.2, 1.4, 1.6, 1.8)]
+    assert compare.report(noisy, scaled(noisy, "ema_ext", 1.5))[1] is False
+
+
+def test_compare_tells_a_lost_bar(steady: dict[str, Any]) -> None:
+    """Catches a verdict that turns without a word."""
+    bar = {"problem": "1x10", "claim": "a / b", "bar": "<= 2", "measured": 1.0, "met": True}
+    before, after = steady | {"bars": [bar]}, steady | {"bars": [bar | {"met": False}]}
+    assert compare.report(before, after)[1]
+    assert not compare.report(after, before)[1]
+
+
+def test_compare_command(steady: dict[str, Any], tmp_path: Path) -> None:
+    """Catches an exit status that hides the loss from a script."""
+    paths = [tmp_path / "before.json", tmp_path / "after.json"]
+    for path, data in zip(paths, (steady, scaled(steady, "ema_ext", 2.0)), strict=True):
+        path.write_text(json.dumps(data))
+    script = str(BENCHMARKS / "compare.py")
+    for first, second, status in ((0, 0, 0), (0, 1, 1), (1, 0, 0)):
+        command = [sys.executable, script, str(paths[first]), str(paths[second])]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (run.returncode, run.stderr) == (status, "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what it says is not so here")
+def test_no_gpu_is_one_sentence() -> None:
+    """Catches a traceback, or a benchmark of the CPU, where a GPU was asked for."""
+    command = [sys.executable, str(BENCHMARKS / "bench.py"), "--device", "cuda"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 1
+    assert run.stderr == "--device cuda: torch sees no CUDA device on this machine\n"
+
+
+@pytest.mark.parametrize("alpha", [1e-5, 0.1, 1.0])
+def test_exact_loops(alpha: float) -> None:
+    """Catches a wrong loop behind the accuracy tables: held to the tests' own oracle."""
+    x, g = signal(500), signal(500, seed=1)
+    y, size = loops.ema_exact(x.numpy(), alpha)
+    gradient, terms = loops.grad_alpha_exact(g.numpy(), x.numpy(), y, alpha)
+    # The oracle's own error, three roundings a step, is the larger one.
+    error = 3 * (len(x) + 1) * oracle.UNIT
+    assert np.all(np.abs(y - oracle.ema(x, alpha)) <= error * size)
+    expected = oracle.ema_backward(g, x, alpha).alpha
+    reach = bounds.gradient_bounds(g, x, alpha, roundings=bounds.LOOP).alpha
+    assert abs(gradient - expected) <= reach
+    assert terms >= abs(gradient)
+    narrow = x.float()
+    bound = bounds.pointwise_bound(narrow, alpha, roundings=bounds.LOOP)
+    assert np.all(
+        np.abs(loops.ema_float32(narrow.numpy(), alpha) - oracle.ema(narrow, alpha)) <= bound
+    )
+
+
+def test_accuracy_tables() -> None:
+    """Catches a measure in other units than the tests' bounds, and a table with a gap."""
+    assert bounds.KERNEL.base / 2 == accuracy.K
+    some = [method for method in accuracy.METHODS if method.package == "torch"]
+    alphas = (1e-3, 1.0)
+    tables = accuracy.measure(some, alphas, [5.0], [10, 3000])
+    by_row, by_sample = tables[accuracy.BY_ROW], tables[accuracy.BY_SAMPLE]
+    for name in ("ema_ext, float32", "ema_ext, bfloat16"):
+        assert max(by_row[name].values()) <= bounds.ULPS
+        assert max(by_sample[name].values()) <= 1
+    assert by_row["sequential loop, float32"][1e-3] > bounds.ULPS
+    assert set(tables[accuracy.GRADIENT]) >= {"ema_ext, float32", "sequential loop, float32"}
+    assert "- |" not in accuracy.markdown(tables, alphas).replace("|--:", "").replace("|---", "")
