@@ -8,9 +8,10 @@ same input, already rounded to its dtype (loops.cpp). Three measures, each the w
 lengths:
 
 * by row: the largest error of a row, in ulp (of the result's dtype) of the row's largest |y|;
-* by sample: |error[n]| / (K eps ema(|x|)[n] + eps/2 |y[n]|), that is in units of the bound that
-  tests/bounds.py derives for the kernels: eps is that of the accumulate dtype in the first term and
-  that of the result's in the second. A small tail after a large start shows here;
+* by sample: |error[n]| / (K eps ema(|x|)[n] + eps/2 |y[n]|): how often the kernels round a sample
+  that does not age (tests/bounds.py), and the rounding of the result. eps is that of the
+  accumulate dtype in the first term and that of the result's in the second. A small tail after a
+  large start shows here;
 * the gradient to alpha: |error| / (eps sum_n |lambda[n] (x[n] - y[n-1])|), lambda the adjoint of y
   for a gradient of noise, eps that of the accumulate dtype.
 """

@@ -78,6 +78,7 @@ LENGTHS = [Problem((1, n)) for n in (100, 1000, 10_000, 100_000, 1_000_000, 10_0
 ROWS = [Problem((n, 256)) for n in (1, 10, 100, 1000, 10_000, 100_000)]
 MEMORY = [Problem((1, 1 << 24)), Problem((64, 64, 4096), dim=1)]  # results of 64 MiB
 PEER_ROW = Problem((1, 300_000))
+EVERYWHERE = (OURS.name, CLONE.name, CUMSUM.name)
 
 LOAD = os.getloadavg()[0]  # processes that others ran when this began
 BUSY = 0.5
@@ -441,17 +442,19 @@ def draw(run: Run, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5.2), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5.8), sharey=True, layout="constrained")
     views = (
         (panels[0], [*LENGTHS, PEER_ROW], "one row", "length (samples)", "length"),
         (panels[1], ROWS, "rows of 256 samples", "rows", "rows"),
     )
-    others = iter(plt.get_cmap("tab10").colors)
+    palette = plt.get_cmap("tab10").colors
+    others = iter(palette[:7] + palette[8:])  # grey is torch.cumsum's
     colors: dict[str, Any] = dict(COLORS)
     for panel, problems, title, label, axis in views:
         lines: dict[str, list[tuple[int, float]]] = {}
         for (problem, entry), samples in run.samples.items():
-            if problem in problems and (entry.which, entry.threads) == (FORWARD, 1):
+            wanted = axis == "length" or entry.method in EVERYWHERE
+            if wanted and problem in problems and (entry.which, entry.threads) == (FORWARD, 1):
                 point = getattr(problem, axis), min(samples)
                 lines.setdefault(entry.method, []).append(point)
         for name, points in lines.items():
@@ -470,7 +473,8 @@ def draw(run: Run, path: Path) -> None:
         panel.grid(visible=True, which="major", color="#dddddd", linewidth=0.7)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("time per call (s)")
-    panels[0].legend(frameon=False, fontsize=8, ncols=2)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

@@ -11,7 +11,7 @@ quartile / least) of the least, so that is how far the least is off where a run 
 off by the method's q and by the clone's. And what nobody changed, torch.cumsum and the peers, is
 the control: 19 of 20 of its ratios changed by no more than some d. A ratio has moved where
 
-    |log(r after / r before)| > q + q of the run before + q + q of the run after, > d, and > 5 %.
+    |log(r after / r before)| > max(q + q of the run before + q + q of the run after, d, 5 %).
 
 The 5 % are what the placement of code and memory changes from one process to the next.
 

@@ -145,8 +145,8 @@ void ProblemBuilder::samples(Operand Problem::* operand, const Tensor& tensor) {
   }
 }
 
-void ProblemBuilder::coefficient(const Tensor& tensor) {
-  add_strides(problem.coefficient, tensor, x_.dim(), /*has_time=*/true, "the coefficient");
+void ProblemBuilder::coefficient(const Tensor& tensor, const char* name) {
+  add_strides(problem.coefficient, tensor, x_.dim(), /*has_time=*/true, name);
 }
 
 void ProblemBuilder::per_row(Operand Problem::* operand, const Tensor& tensor, const char* name) {
@@ -154,18 +154,17 @@ void ProblemBuilder::per_row(Operand Problem::* operand, const Tensor& tensor, c
 }
 
 Problem& ProblemBuilder::finish() {
-  Operand* operands[] = {
-      &problem.x,     &problem.y,         &problem.coefficient,   &problem.start,
-      &problem.state, &problem.forward_x, &problem.forward_start, &problem.grad_coefficient};
   int kept = 0;
   for (int d = 0; d < problem.ndim; ++d) {
     if (problem.sizes[d] == 1) continue;
     bool merge = kept > 0;
-    for (const Operand* operand : operands)
-      merge = merge && operand->row_strides[kept - 1] == operand->row_strides[d] * problem.sizes[d];
+    problem.for_each_operand([&](const Operand& operand) {
+      merge = merge && operand.row_strides[kept - 1] == operand.row_strides[d] * problem.sizes[d];
+    });
     const int to = merge ? kept - 1 : kept++;
     problem.sizes[to] = merge ? problem.sizes[to] * problem.sizes[d] : problem.sizes[d];
-    for (Operand* operand : operands) operand->row_strides[to] = operand->row_strides[d];
+    problem.for_each_operand(
+        [=](Operand& operand) { operand.row_strides[to] = operand.row_strides[d]; });
   }
   problem.ndim = kept;
   return problem;

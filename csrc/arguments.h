@@ -14,8 +14,8 @@ namespace ema_ext {
 
 using torch::stable::Tensor;
 
-// Throws unless x is a strided tensor of a supported dtype with 0 <= dim < x.dim(), and every other
-// tensor lies on x's device, or on the CPU with 0 dimensions.
+// Throw unless x is a strided tensor of a supported dtype with 0 <= dim < x.dim(), a companion is
+// one on x's device, and one like x has its dtype and shape too.
 void check_samples(const Tensor& x, int64_t dim);
 void check_companion(const char* name, const Tensor& tensor, const Tensor& x);
 void check_like(const char* name, const Tensor& tensor, const Tensor& x);
@@ -40,7 +40,7 @@ class ProblemBuilder {
   // A tensor of x's shape, read or written sample by sample.
   void samples(Operand Problem::* operand, const Tensor& tensor);
   // A tensor that broadcasts to x's shape and is constant in time.
-  void coefficient(const Tensor& tensor);
+  void coefficient(const Tensor& tensor, const char* name);
   // A tensor that broadcasts to x's shape without `dim`.
   void per_row(Operand Problem::* operand, const Tensor& tensor, const char* name);
 

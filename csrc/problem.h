@@ -44,9 +44,16 @@ struct Problem {
   // Only the first ndim entries of the arrays are ever looked at, or set here: the rest would cost
   // more to clear than a small scan takes.
   Problem(Op op, int64_t length, int ndim) : op(op), length(length), ndim(ndim) {
+    for_each_operand([=](Operand& operand) {
+      for (int d = 0; d < ndim; ++d) operand.row_strides[d] = 0;
+    });
+  }
+
+  template <class F>
+  void for_each_operand(const F& f) {
     for (Operand* operand :
          {&x, &y, &coefficient, &start, &state, &forward_x, &forward_start, &grad_coefficient})
-      for (int d = 0; d < ndim; ++d) operand->row_strides[d] = 0;
+      f(*operand);
   }
 
   Op op;
@@ -79,5 +86,11 @@ struct Problem {
   Operand forward_start;
   Operand grad_coefficient;
 };
+
+// Whether rows next to each other along axis d touch in every tensor of samples.
+inline __attribute__((always_inline)) bool rows_touch(const Problem& problem, int d) {
+  return problem.x.row_strides[d] == 1 && problem.y.row_strides[d] == 1 &&
+         (problem.forward_x.data == nullptr || problem.forward_x.row_strides[d] == 1);
+}
 
 }  // namespace ema_ext

@@ -46,15 +46,24 @@ def _empty_state(x: Tensor, dim: int) -> Tensor:
     return x.new_empty(shape, dtype=ACCUMULATE_DTYPE[x.dtype])
 
 
+def _same_device(x: Tensor, *companions: float | Tensor | None) -> None:
+    # A meta companion brings a direct call with a real x here.
+    for companion in companions:
+        if isinstance(companion, Tensor) and companion.dim() > 0 and companion.device != x.device:
+            raise RuntimeError(f"x is on {x.device} and another argument on {companion.device}")
+
+
 def _fake_ema(
     x: Tensor, alpha: float | Tensor, initial_state: Tensor | None, dim: int, reverse: bool
 ) -> Tensor:
+    _same_device(x, alpha, initial_state)
     return torch.empty_like(x)
 
 
 def _fake_ema_with_state(
     x: Tensor, alpha: float | Tensor, initial_state: Tensor | None, dim: int, reverse: bool
 ) -> tuple[Tensor, Tensor]:
+    _same_device(x, alpha, initial_state)
     return torch.empty_like(x), _empty_state(x, dim)
 
 
@@ -66,6 +75,7 @@ def _fake_ema_backward(
     dim: int,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
+    _same_device(grad_y, grad_state)
     return torch.empty_like(grad_y), _empty_state(grad_y, dim)
 
 
@@ -78,6 +88,7 @@ def _fake_ema_backward_tensor(
     dim: int,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _same_device(grad_y, grad_state, x, alpha, initial_state)
     grad_alpha = alpha.new_empty(alpha.shape)
     return torch.empty_like(grad_y), grad_alpha, _empty_state(grad_y, dim)
 
@@ -85,6 +96,7 @@ def _fake_ema_backward_tensor(
 def _fake_linear_recurrence(
     a: Tensor, b: Tensor, initial_state: Tensor | None, dim: int, reverse: bool
 ) -> Tensor:
+    _same_device(b, a, initial_state)
     return torch.empty_like(b)
 
 

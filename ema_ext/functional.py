@@ -85,7 +85,8 @@ def ema(
 
     Returns:
         ``y``, of x's shape and dtype and with the strides of ``torch.empty_like(x)``, or
-        ``(y, state)``. For half types it is computed in at least float32 and rounded once. A NaN
+        ``(y, state)``. For half types it is computed in float32 or wider, and rounded to the half
+        type at the store alone. A NaN
         or an infinity reaches the later samples of its own row and no others. On one machine the
         result is bitwise the same from run to run and for any number of threads. Without samples
         ``y`` is empty, and ``state`` is ``initial_state``.
@@ -115,6 +116,7 @@ def ema(
         type(x) is Tensor
         and type(alpha) is float
         and type(dim) is int
+        and type(reverse) is bool
         and initial_state is None
         and not return_state
         and x.dtype in _ops.ACCUMULATE_DTYPE

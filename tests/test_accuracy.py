@@ -116,22 +116,24 @@ def test_gradients_at_every_edge(length: int, mean: float, dtype: torch.dtype) -
 
 # Large starts
 
-DECAYS = torch.tensor([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], dtype=torch.float64)[:, None]
+DECAYS = torch.tensor([0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 0.9999], dtype=torch.float64)[:, None]
 HUGE = {torch.float32: 1e30, torch.float64: 1e300, torch.float16: 6e4, torch.bfloat16: 1e30}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("start", ["sample", "state"])
+@pytest.mark.parametrize("start", ["first sample", "sample 701", "state"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tail_after_a_large_start(
     dtype: torch.dtype, start: str, reverse: bool, layout: str
 ) -> None:
-    """Catches a tail of rounding errors of the start: it must decay until it underflows."""
+    """Catches a tail of rounding errors of the start, and one cut short where a power underflows:
+    it must decay until it underflows itself."""
     x = torch.zeros(len(DECAYS), 2100, dtype=dtype)
-    x[:, -1 if reverse else 0] = HUGE[dtype] if start == "sample" else 0
+    if start != "state":
+        x[:, 0 if start == "first sample" else 701] = HUGE[dtype]
     s = HUGE[dtype] if start == "state" else None
-    x = LAYOUTS[layout](x)
+    x = LAYOUTS[layout](x.flip(1) if reverse else x)
     y = ema(x, DECAYS, initial_state=s, reverse=reverse)
     bounds.check_forward(y, x, DECAYS, initial_state=s, reverse=reverse, label="tail")
 

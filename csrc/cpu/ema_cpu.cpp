@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <memory>
 #include <tuple>
 
@@ -77,6 +79,7 @@ void run(Problem& problem) {
 
 // An alpha or a: a tensor, or one number for all rows.
 struct Coefficient {
+  const char* name;
   const Tensor* tensor;
   double value;
 };
@@ -85,13 +88,13 @@ void set(ProblemBuilder& builder, const Coefficient& coefficient) {
   if (coefficient.tensor == nullptr)
     builder.problem.value = coefficient.value;
   else
-    builder.coefficient(*coefficient.tensor);
+    builder.coefficient(*coefficient.tensor, coefficient.name);
 }
 
 Tensor scan(Op op, const Tensor& x, const Coefficient& coefficient,
             const OptionalTensor& initial_state, int64_t dim, bool reverse, Tensor* state) {
   check_samples(x, dim);
-  if (coefficient.tensor != nullptr) check_companion("alpha", *coefficient.tensor, x);
+  if (coefficient.tensor != nullptr) check_companion(coefficient.name, *coefficient.tensor, x);
   if (initial_state.has_value()) check_companion("initial_state", *initial_state, x);
   STD_TORCH_CHECK(state == nullptr || initial_state.has_value() || x.size(dim) > 0,
                   "x has length 0 and there is no initial_state to hand on");
@@ -114,19 +117,19 @@ Tensor scan(Op op, const Tensor& x, const Coefficient& coefficient,
 
 Tensor ema(const Tensor& x, double alpha, const OptionalTensor& initial_state, int64_t dim,
            bool reverse) {
-  return scan(Op::kEma, x, {nullptr, alpha}, initial_state, dim, reverse, nullptr);
+  return scan(Op::kEma, x, {"alpha", nullptr, alpha}, initial_state, dim, reverse, nullptr);
 }
 
 Tensor ema_tensor(const Tensor& x, const Tensor& alpha, const OptionalTensor& initial_state,
                   int64_t dim, bool reverse) {
-  return scan(Op::kEma, x, {&alpha, 0}, initial_state, dim, reverse, nullptr);
+  return scan(Op::kEma, x, {"alpha", &alpha, 0}, initial_state, dim, reverse, nullptr);
 }
 
 std::tuple<Tensor, Tensor> ema_with_state(const Tensor& x, double alpha,
                                           const OptionalTensor& initial_state, int64_t dim,
                                           bool reverse) {
   Tensor state;
-  Tensor y = scan(Op::kEma, x, {nullptr, alpha}, initial_state, dim, reverse, &state);
+  Tensor y = scan(Op::kEma, x, {"alpha", nullptr, alpha}, initial_state, dim, reverse, &state);
   return {y, state};
 }
 
@@ -134,13 +137,13 @@ std::tuple<Tensor, Tensor> ema_with_state_tensor(const Tensor& x, const Tensor& 
                                                  const OptionalTensor& initial_state, int64_t dim,
                                                  bool reverse) {
   Tensor state;
-  Tensor y = scan(Op::kEma, x, {&alpha, 0}, initial_state, dim, reverse, &state);
+  Tensor y = scan(Op::kEma, x, {"alpha", &alpha, 0}, initial_state, dim, reverse, &state);
   return {y, state};
 }
 
 Tensor linear_recurrence(const Tensor& a, const Tensor& b, const OptionalTensor& initial_state,
                          int64_t dim, bool reverse) {
-  return scan(Op::kLinearRecurrence, b, {&a, 0}, initial_state, dim, reverse, nullptr);
+  return scan(Op::kLinearRecurrence, b, {"a", &a, 0}, initial_state, dim, reverse, nullptr);
 }
 
 namespace {
@@ -189,7 +192,7 @@ Tensor sum_to_alpha(const Tensor& rows, const Tensor& alpha, const Tensor& x, in
   const auto wide = torch::headeronly::ScalarType::Double;
   Tensor sums = torch::stable::new_zeros(alpha, alpha.sizes(), wide);
   ProblemBuilder builder(Op::kEma, x, dim, false);
-  builder.coefficient(sums);
+  builder.coefficient(sums, "alpha");
   builder.per_row(&Problem::grad_coefficient, rows, "rows");
   add_rows(builder.finish());
   if (alpha.scalar_type() == wide) return sums;
@@ -234,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor> ema_backward_tensor(const Tensor& grad_y,
 
   ProblemBuilder builder = adjoint(grad_y, grad_state, grad_x, grad_initial_state,
                                    initial_state.has_value(), dim, reverse);
-  builder.coefficient(alpha);
+  builder.coefficient(alpha, "alpha");
   builder.samples(&Problem::forward_x, x);
   if (initial_state.has_value())
     builder.per_row(&Problem::forward_start, *initial_state, "initial_state");

@@ -13,11 +13,8 @@ constexpr const char* kNames[] = {"x86-64", "x86-64-v3", "x86-64-v4"};
 
 Level highest_level() {
   __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                  __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
-  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                  __builtin_cpu_supports("avx512vl");
+  const bool v3 = __builtin_cpu_supports("x86-64-v3");
+  const bool v4 = v3 && __builtin_cpu_supports("x86-64-v4");
   return v4 ? Level::kV4 : v3 ? Level::kV3 : Level::kBaseline;
 }
 

@@ -83,6 +83,7 @@ struct Row {
   Sample* y;
   const Sample* forward_x;  // nullptr: no gradient to the coefficient
   double coefficient;
+  // States are in the accumulate dtype, as they are handed on.
   double start;          // of kEma: x[0] where there is no initial state
   double forward_start;  // the same for forward_x
 
@@ -95,14 +96,16 @@ struct Row {
         start(0),
         forward_start(0) {
     if (problem.start.data)
-      start = read(problem.start, at.start);
+      start = static_cast<typename Storage::Acc>(read(problem.start, at.start));
     else if (problem.op == Op::kEma)
       start = Storage::get(*x);
     if (problem.grad_coefficient.data) {
       forward_x = static_cast<const Sample*>(problem.forward_x.data) + at.forward_x;
       const int64_t first = (problem.length - 1) * problem.forward_x.time_stride;
-      forward_start = problem.forward_start.data ? read(problem.forward_start, at.forward_start)
-                                                 : Storage::get(forward_x[first]);
+      forward_start =
+          problem.forward_start.data
+              ? static_cast<typename Storage::Acc>(read(problem.forward_start, at.forward_start))
+              : Storage::get(forward_x[first]);
     }
   }
 };

@@ -63,8 +63,8 @@ struct RowScan {
   // Scans a row from end to end.
   RowEnd scan(const Row<Storage>& row, const RowOffsets& at) const {
     if (!fits || problem.length < kShortRow) return walk_row<Storage>(problem, at);
-    SegmentEnd whole = segment<true>(row, 0, first_carry(row));
     Carry carry = first_carry(row);
+    SegmentEnd whole = segment<true>(row, 0, carry);
     Carry aggregate = whole.aggregate;
     for (int64_t i = 1; i < segments(problem); ++i) {
       carry = next_carry(carry, aggregate);

@@ -44,11 +44,10 @@ struct Carry {
 // "Past" is meant in the forward's time; the backward scan meets stretches from the last one on.
 struct AlphaSums {
   double reference = 0;
-  double share = 0;   // the gradient if y before the stretch were the reference
-  double weight = 0;  // sum of lambda[i] * c^i
-  double aggregate =
-      0;             // y after the stretch less the reference, if y before it were the reference
-  double decay = 1;  // c^length
+  double share = 0;      // the gradient if y before the stretch were the reference
+  double weight = 0;     // sum of lambda[i] * c^i
+  double aggregate = 0;  // y after the stretch less the reference, in that case
+  double decay = 1;      // c^length
 
   // Puts the stretch `past` before this one.
   EMA_EXT_LAW void prepend(const AlphaSums& past) {

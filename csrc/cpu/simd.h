@@ -49,6 +49,8 @@ EMA_EXT_INLINE void store(void* to, V v) {
 // Stores past the caches; `to` is aligned to the vector. A store fence must follow the last one.
 template <class V>
 EMA_EXT_INLINE void stream(void* to, V v) {
+  static_assert(sizeof v == 16 || sizeof v == 32 || sizeof v == 64);
+  static_assert(sizeof v <= kVectorBytes);
   if constexpr (sizeof v == 16) _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
 #if EMA_EXT_VECTOR_BYTES >= 32
   if constexpr (sizeof v == 32) _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);

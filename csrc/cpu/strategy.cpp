@@ -3,7 +3,6 @@
 #include "cpu/strategy.h"
 
 #include <algorithm>
-#include <initializer_list>
 
 #include "cpu/tuning.h"
 
@@ -34,9 +33,7 @@ int lane_axis(const Problem& problem) {
   }
   const bool contiguous_in_time = problem.x.time_stride == 1 || problem.x.time_stride == -1;
   for (int d = 0; d < problem.ndim && !contiguous_in_time; ++d) {
-    if (problem.x.row_strides[d] == 1 && problem.y.row_strides[d] == 1 &&
-        (problem.forward_x.data == nullptr || problem.forward_x.row_strides[d] == 1))
-      return d;
+    if (rows_touch(problem, d)) return d;
   }
   return -1;
 }

@@ -9,7 +9,7 @@ namespace ema_ext::cpu {
 
 enum class Strategy : int8_t {
   kRows,   // each row from end to end: rows.h
-  kLanes,  // rows side by side in memory: lanes.h
+  kLanes,  // rows side by side in memory, or very short ones: lanes.h
   kCut,    // few long rows, their segments on several threads: cut.h
 };
 

@@ -3,8 +3,7 @@
 // Three steps, none of them serial in the samples. Write w_k[n] for the sum of in * c^j * x[n-j]
 // over j < k, where samples before the tile count as zero.
 //   windows   w_4 by four unaligned loads, then w_8 = w_4 + c^4 * (w_4 four samples earlier), and
-//   so
-//             on up to the lanes of a vector
+//             likewise up to the lanes of a vector
 //   vertical  vectors are scanned as wholes, p[v] = w[v] + c^lanes * p[v-1]: now p is the tile
 //             scanned from zero, and its last sample is the tile's aggregate
 //   carry     y[i] = p[i] + c^i * carry, where carry is what the past contributes to the tile's
@@ -115,8 +114,8 @@ EMA_EXT_INLINE constexpr int at(int v) {
 // Windows of one vector over all its lanes. `previous` holds the narrower windows of the vector
 // before it, and is left holding those of this one.
 template <class T, int Direction>
-EMA_EXT_INLINE TileVector<T> widen(TileVector<T> w, TileVector<T>* previous,
-                                   const TileCoefficients<T>& k) {
+EMA_EXT_INLINE TileVector<T> widen_window(TileVector<T> w, TileVector<T>* previous,
+                                          const TileCoefficients<T>& k) {
   constexpr int kN = kLanes<T>;
   if constexpr (kN > 4) {
     const auto narrow = w;
@@ -161,10 +160,14 @@ EMA_EXT_INLINE void scan_tile(const T* x, TileVector<T>* p, const TileCoefficien
       for (int j = 1; j < TileCoefficients<T>::kTaps; ++j)
         w += k.taps[j] * load<TileVector<T>>(from - Direction * j);
     }
-    p[at<Direction>(v)] = widen<T, Direction>(w, previous, k);
+    p[at<Direction>(v)] = widen_window<T, Direction>(w, previous, k);
   }
-  // Vertical: odd vectors by pairs, then along the odd ones, then the even ones, to keep the chain
-  // of dependent operations short.
+  if (__builtin_expect(k.steep, 0)) {
+    for (int v = 1; v < kTileVectors; ++v) p[at<Direction>(v)] += k.hop * p[at<Direction>(v - 1)];
+    return;
+  }
+  // Odd vectors by pairs, then along the odd ones, then the even ones, to keep the chain of
+  // dependent operations short.
 #pragma GCC unroll 16
   for (int v = 1; v < kTileVectors; v += 2) p[at<Direction>(v)] += k.hop * p[at<Direction>(v - 1)];
 #pragma GCC unroll 16

@@ -11,13 +11,6 @@
 
 namespace ema_ext::cpu::EMA_EXT_LEVEL {
 
-// Whether rows next to each other along the innermost axis touch in every tensor of samples.
-EMA_EXT_INLINE bool lanes_touch(const Problem& problem) {
-  const int lane = problem.ndim - 1;
-  return problem.x.row_strides[lane] == 1 && problem.y.row_strides[lane] == 1 &&
-         (problem.forward_x.data == nullptr || problem.forward_x.row_strides[lane] == 1);
-}
-
 // How a block's rows lie to each other, and how their samples are stored.
 enum class Layout {
   kApart,     // any stride from row to row
@@ -111,12 +104,12 @@ class Block {
     for (int m = 0; m < M; ++m) set_coefficient(m, load<D>(coefficient + m * N));
   }
 
-  // Samples [begin, end). With only_nonfinite (of a single row) y is written from the first
-  // non-finite state on: the others are there already.
+  // Samples [begin, end). With only_nonfinite (of a single row) y is written only
+  // where it is non-finite or is to be: the rest is there already.
   EMA_EXT_INLINE void walk(int64_t begin, int64_t end, bool only_nonfinite = false) {
     int64_t n = begin;
     if (n == 0 && problem_.op == Op::kEma && problem_.start.data == nullptr) copy_first(n++);
-    if (N == 1 || lanes_touch(problem_))
+    if (N == 1 || rows_touch(problem_, problem_.ndim - 1))
       forward_x_ == nullptr ? walk_touching(n, end, only_nonfinite)
                             : run<Layout::kTouching, true>(n, end, only_nonfinite);
     else
@@ -205,7 +198,7 @@ class Block {
   }
 
   EMA_EXT_INLINE void walk_touching(int64_t n, int64_t end, bool only_nonfinite) {
-    if constexpr (Storage::kDirect && M > 1) {
+    if constexpr (Storage::kDirect && M > 1 && N * sizeof(Sample) >= 16) {
       if (streams()) return run<Layout::kStreamed, false>(n, end, only_nonfinite);
     }
     run<Layout::kTouching, false>(n, end, only_nonfinite);
@@ -234,7 +227,7 @@ class Block {
           sum_[m] += kappa_[m] * (now - later_[m]);
         }
         if constexpr (kRows == 1)
-          if (only_nonfinite && finite(scan[m].state)) continue;
+          if (only_nonfinite && finite(scan[m].state) && finite(Storage::get(*to))) continue;
         put<kLayout>(scan[m].state * out_[m], m, to);
       }
     }
@@ -248,7 +241,7 @@ class Block {
       sum_[m] += kappa_[m] * (later_[m] - forward_start_[m]);
       if (problem_.has_initial_state) continue;
       if constexpr (kRows == 1)
-        if (only_nonfinite && finite(scan_[m].state)) continue;
+        if (only_nonfinite && finite(scan_[m].state) && finite(Storage::get(*to))) continue;
       put<Layout::kApart>(scan_[m].state * to_lambda_[m], m, to);
     }
   }
