@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,24 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def ema_float32(x: Array, alpha: float) -> Array:
-    """The sequential float32 loop over x, float32 of shape (length,)."""
+def prepared_ema_float32(x: Array, alpha: float) -> Callable[[], Array]:
+    """The sequential float32 loop over x, float32 of shape (length,), as a call that is quick.
+
+    All calls write to the same result: at short lengths ctypes and numpy would be most of the time.
+    """
     y = np.empty_like(x)
-    library().ema_float32(_at(x), _at(y), _length(x), ctypes.c_double(alpha))
-    return y
+    loop, arguments = library().ema_float32, (_at(x), _at(y), _length(x), ctypes.c_double(alpha))
+
+    def call() -> Array:
+        loop(*arguments)
+        return y
+
+    return call
+
+
+def ema_float32(x: Array, alpha: float) -> Array:
+    """The result of the sequential float32 loop."""
+    return prepared_ema_float32(x, alpha)()
 
 
 def grad_alpha_float32(g: Array, x: Array, y: Array, alpha: float) -> float:

@@ -61,6 +61,7 @@ def take_turns(
     try:
         plans = {}
         for key, contender in contenders.items():
+            contender.call()  # the very first one may import, compile or allocate
             once = _turn(contender, 1, device)
             if once < UNHURRIED / 10:  # an unlucky look would settle on too few calls
                 once = min(once, *(_turn(contender, 1, device) for _ in range(2)))

@@ -288,8 +288,8 @@ FORUM = [
 ]
 PLAIN_LOOP = Method(
     "C loop",
-    _on_array(lambda x: lambda: loops.ema_float32(x, ALPHA)),
-    "float32, one fused multiply-add after the other: loops.cpp",
+    _on_array(lambda x: loops.prepared_ema_float32(x, ALPHA)),
+    "float32, one fused multiply-add after the other (loops.cpp), into one result",
     one_row=True,
     cpu_only=True,
 )

@@ -35,6 +35,7 @@ SELECTION = [
     "test_long_rows.py::test_streamed_outputs",
     "test_long_rows.py::test_bad_sample_at_the_edge_of_a_segment",
     "test_nonfinite.py::test_strided_rows",
+    "test_range.py",
     "test_nonfinite.py::test_opposite_infinities_meet",
     "test_strides.py::test_layouts",
 ]
