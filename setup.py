@@ -52,7 +52,7 @@ def configure() -> dict:
         cuda_reason=cuda.reason,
     )
     headers = [cpp_extension.include_paths()[0], pybind11.get_include(), *cuda.include_dirs]
-    common = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
+    common = ["-O2", "-std=c++17", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     host = ["-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
     host += [flag for path in headers for flag in ("-isystem", path)]
     library = Extension(
