@@ -20,6 +20,11 @@ at every sample, so a small tail after a large start is held to the tail's own s
   nothing repeats per step. Once each: coefficient and product (2); four doublings of a 16-sample
   window, coefficient and fused add (8); carry coefficient, product, sum (3); the state's own
   rounding (1); the rest of compensation, to second order (2). base 16, that is K = 8 eps.
+  What repeats is float64's (u64) and follows the decay: c^k = exp(k log c) has a relative error of
+  3 |k log c| u64 (log to an ulp, one product); a carry that decays by less than half from tile to
+  tile is compensated, one that decays by more meets a rounded c^k, a product and a sum, 4 u64 for
+  a decay of log 2 or more. So per_decay 9: a term that has decayed by e^-t is known to 16 u and
+  9 t u64. Beside the row's maximum that is 9 t e^-t, not 4 u64; only in a tail it is what is left.
 * matmul: a rounded weight, a product, and a dot product of n + 1 terms in any order: length + 2.
   The weight is a power of a rounded c: per_step 1.
 * conv: the same over the kernel's taps, with the first-sample term beside it: taps + 4, per_step 1.
@@ -33,7 +38,7 @@ is sum_n lambda[n] r[n] with r[n] = x[n] - y[n-1].
   own roundings, one per term.
 * kernel: r is never formed from x and y, which share their mean, but from differences of x, so the
   bound has no mean in it. R[n] is the range of x over every tile (at most 128 samples) that n may
-  be in; u64 is float64's u. First, the error of lambda times |r|. Second, by tiles (segment.h),
+  be in; u64 is float64's u. First, the error of lambda times |r|. Second, by tiles (tiles.h),
   r = x' - y' - c^i r[f] with x' = x - x[f] and y' = ema(x') from zero, f the tile's first sample:
   |x'| and y' are at most R, and so c^i |r[f]| <= |r| + 2 R. Each is rounded as a kernel's y (base),
   then by one difference, one product and 8 or 16 sums in T (18): (base + 18) u Lambda (|r| + 4 R).

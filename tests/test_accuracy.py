@@ -147,11 +147,12 @@ def test_tail_of_the_adjoint(dtype: torch.dtype, learned: bool, layout: str) -> 
     alpha = DECAYS.clone().requires_grad_(learned)
     s = torch.ones(len(DECAYS), dtype=torch.float64, requires_grad=True)
     y, state = ema(x, alpha, initial_state=s, return_state=True)
-    grad_state = torch.full_like(state, HUGE[dtype])
-    grads = torch.autograd.grad(state, [x, s, *([alpha] if learned else [])], grad_state)
+    grad_y, grad_state = torch.zeros_like(x), torch.full_like(state, HUGE[dtype])
+    wanted = [x, s, *([alpha] if learned else [])]
+    grads = torch.autograd.grad([y, state], wanted, [grad_y, grad_state])
     bounds.check_backward(
         (grads[0], grads[2] if learned else None, grads[1]),
-        *(torch.zeros_like(y), x, alpha),
+        *(grad_y, x, alpha),
         initial_state=s,
         grad_state=grad_state,
         label="tail",
@@ -195,7 +196,7 @@ def test_gradient_to_alpha(length: int, kind: str, dtype: torch.dtype, layout: s
     """Catches x - y formed with the mean still in both, and partial sums in float32."""
     x = LAYOUTS[layout](series(kind, length).to(dtype))
     s = x[:, 0].double() + 0.5
-    grad_y = signal(*x.shape, dtype=dtype, seed=4)
+    grad_y = LAYOUTS[layout](signal(*x.shape, dtype=dtype, seed=4))
     got = alpha_gradient(x, grad_y, ALPHAS, s)
     exact = oracle.ema_backward(grad_y, x, ALPHAS, initial_state=s).alpha
     derived = bounds.gradient_bounds(grad_y, x, ALPHAS, initial_state=s).alpha
@@ -213,5 +214,5 @@ def test_gradient_to_alpha(length: int, kind: str, dtype: torch.dtype, layout: s
 def test_gradient_to_alpha_of_a_constant(length: int, dtype: torch.dtype, layout: str) -> None:
     """Catches a rounding error of the mean: a constant series has gradient 0 at any alpha."""
     x = LAYOUTS[layout](torch.full((len(ALPHAS), length), 500.3, dtype=dtype))
-    grad_y = signal(*x.shape, dtype=dtype, seed=1)
+    grad_y = LAYOUTS[layout](signal(*x.shape, dtype=dtype, seed=1))
     assert not alpha_gradient(x, grad_y, ALPHAS).any()

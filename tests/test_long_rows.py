@@ -150,7 +150,7 @@ def test_bad_sample_early_in_ten_million(bad: float) -> None:
     x = clean.clone()
     x[5] = bad
     y = ema(x, 1e-3)
-    assert torch.equal(y[:5], ema(clean[:5], 1e-3))
+    assert torch.equal(y[:5], ema(clean, 1e-3)[:5])
     assert y[5:].isnan().all() if math.isnan(bad) else (y[5:] == bad).all()
 
 
