@@ -8,9 +8,10 @@ namespace ema_ext::cpu {
 #define EMA_EXT_LAW inline __attribute__((always_inline))
 
 // A product as a value of its own: without this the compiler may fuse it into a sum that it enters,
-// in one place and not in another, and results would depend on the number of threads or of rows.
-template <class Double>  // or a vector of them
-EMA_EXT_LAW Double rounded(Double product) {
+// in one place and not in another, and results would depend on the number of threads or of rows, or
+// on the direction of time.
+template <class Number>  // or a vector of them
+EMA_EXT_LAW Number rounded(Number product) {
   asm("" : "+x"(product));
   return product;
 }

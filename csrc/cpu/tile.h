@@ -12,6 +12,7 @@
 // grow with the length or with 1/alpha. After Hillis and Steele (1986) and Blelloch (1990).
 #pragma once
 
+#include "cpu/segment_end.h"
 #include "cpu/simd.h"
 #include "decay.h"
 
@@ -135,7 +136,8 @@ template <class T, int Direction>
 EMA_EXT_INLINE TileVector<T> first_window(TileVector<T> x, const TileCoefficients<T>& k) {
   constexpr int kN = kLanes<T>;
   const TileVector<T> zero{};
-  auto w = k.taps[0] * x + k.taps[1] * earlier_by<1, Direction, T, kN>(zero, x);
+  auto w = rounded(k.taps[0] * x);
+  w += k.taps[1] * earlier_by<1, Direction, T, kN>(zero, x);
   if constexpr (kN >= 4) {
     w += k.taps[2] * earlier_by<2, Direction, T, kN>(zero, x);
     w += k.taps[3] * earlier_by<3, Direction, T, kN>(zero, x);
@@ -156,7 +158,7 @@ EMA_EXT_INLINE void scan_tile(const T* x, TileVector<T>* p, const TileCoefficien
     if (v == 0) {
       w = first_window<T, Direction>(now, k);
     } else {
-      w = k.taps[0] * now;
+      w = rounded(k.taps[0] * now);
       for (int j = 1; j < TileCoefficients<T>::kTaps; ++j)
         w += k.taps[j] * load<TileVector<T>>(from - Direction * j);
     }
