@@ -27,6 +27,7 @@ struct Lanes {
   static EMA_EXT_INLINE D get(const typename Storage::Sample* from, int64_t stride) {
     if constexpr (kLayout != Layout::kApart) return widen<N>(Storage::template get_vector<N>(from));
     D values;
+#pragma GCC unroll 16
     for (int i = 0; i < N; ++i) values[i] = Storage::get(from[i * stride]);
     return values;
   }
@@ -36,6 +37,7 @@ struct Lanes {
     const auto rounded = narrow<typename Storage::Acc, N>(value);
     if constexpr (kLayout == Layout::kStreamed) return stream(to, rounded);
     if constexpr (kLayout == Layout::kTouching) return Storage::template put_vector<N>(rounded, to);
+#pragma GCC unroll 16
     for (int i = 0; i < N; ++i) to[i * stride] = Storage::put(rounded[i]);
   }
 
