@@ -5,8 +5,8 @@
 
 namespace ema_ext::cpu {
 
-// Fewer samples than this in a thread's share cost more to hand over than to scan: at::parallel_for
-// takes about 3 us to wake a thread, which is 15 000 samples of float32.
+// The least share of a thread, half of torch's own grain: a scan does more per sample than the
+// elementwise operators which that is made for.
 constexpr int64_t kGrainSamples = 16384;
 
 // Rows of at least two segments are cut, and the carries between segments folded in order. Where a
