@@ -145,8 +145,9 @@ EMA_EXT_INLINE TileVector<T> first_window(TileVector<T> x, const TileCoefficient
   return w;
 }
 
-// Scans the tile at x from zero into p, both in the order of addresses.
-template <class T, int Direction>
+// Scans the tile at x from zero into p, both in the order of addresses. kSteep is k.steep: asked
+// within the tile, it would keep p in memory.
+template <class T, int Direction, bool kSteep>
 EMA_EXT_INLINE void scan_tile(const T* x, TileVector<T>* p, const TileCoefficients<T>& k) {
   constexpr int kN = kLanes<T>;
   TileVector<T> previous[2] = {};
@@ -164,7 +165,8 @@ EMA_EXT_INLINE void scan_tile(const T* x, TileVector<T>* p, const TileCoefficien
     }
     p[at<Direction>(v)] = widen_window<T, Direction>(w, previous, k);
   }
-  if (__builtin_expect(k.steep, 0)) {
+  if constexpr (kSteep) {
+#pragma GCC unroll 16
     for (int v = 1; v < kTileVectors; ++v) p[at<Direction>(v)] += k.hop * p[at<Direction>(v - 1)];
     return;
   }
@@ -184,25 +186,18 @@ EMA_EXT_INLINE T last_sample(const TileVector<T>* p) {
   return Direction > 0 ? p[kTileVectors - 1][kLanes<T> - 1] : p[0][0];
 }
 
-template <class T, int Direction>
-EMA_EXT_INLINE void set_first_sample(TileVector<T>* p, T value) {
-  if constexpr (Direction > 0)
-    p[0][0] = value;
-  else
-    p[kTileVectors - 1][kLanes<T> - 1] = value;
-}
-
 // Adds the carry's share to a tile scanned from zero.
-template <class T, int Direction>
+template <class T, int Direction, bool kSteep>
 EMA_EXT_INLINE void add_carry(TileVector<T>* p, double carry, const TileCoefficients<T>& k) {
   constexpr int kN = kLanes<T>;
   using Doubles = Vector<double, kN>;
   const auto powers = load<Doubles>(k.lane_powers[Direction > 0 ? 0 : 1]);
   auto share = __builtin_convertvector(powers * carry, TileVector<T>);
-  if (__builtin_expect(!k.steep, 1)) {
+  if constexpr (!kSteep) {
 #pragma GCC unroll 16
     for (int v = 0; v < kTileVectors; ++v) p[at<Direction>(v)] += k.hops[v] * share;
   } else {
+#pragma GCC unroll 16
     for (int v = 0; v < kTileVectors; ++v) {
       p[at<Direction>(v)] += share;
       share *= k.hop;

@@ -13,7 +13,7 @@ enum class Output {
   kStreamed,  // past the caches
 };
 
-// What runs from tile to tile. Not inlined: all dtypes with the same T share it.
+// What runs from tile to tile. The loops are not inlined: all dtypes with the same T share them.
 template <class T>
 struct TileScan {
   static constexpr int kT = kTile<T>;
@@ -26,22 +26,29 @@ struct TileScan {
 
   // Scans n samples, whole tiles, from x to y: lowest addresses, which may be the same.
   template <int Direction, Output kOutput>
-  __attribute__((noinline)) void run(const T* x, T* y, int64_t n) {
+  void run(const T* x, T* y, int64_t n) {
+    if (__builtin_expect(!k.steep, 1))
+      tiles<Direction, kOutput, false>(x, y, n);
+    else
+      tiles<Direction, kOutput == Output::kNone ? kOutput : Output::kStored, true>(x, y, n);
+  }
+
+ private:
+  template <int Direction, Output kOutput, bool kSteep>
+  __attribute__((noinline)) void tiles(const T* x, T* y, int64_t n) {
+    if (n == 0) return;
     Carry carry = this->carry, aggregate = this->aggregate;
+    const int64_t first = Direction > 0 ? 0 : n - 1;
+    const T first_sample = x[first];
     for (int64_t t = 0; t < n; t += kT) {
       const int64_t low = Direction > 0 ? t : n - kT - t;
       TileVector<T> p[kTileVectors];
-      scan_tile<T, Direction>(x + low, p, k);
+      scan_tile<T, Direction, kSteep>(x + low, p, k);
       const double decayed = rounded(k.ratio * static_cast<double>(last_sample<T, Direction>(p)));
       aggregate.advance(decayed, k.tile_decay, k.drop);
       if constexpr (kOutput != Output::kNone) {
-        add_carry<T, Direction>(p, carry.value, k);
+        add_carry<T, Direction, kSteep>(p, carry.value, k);
         carry.advance(decayed, k.tile_decay, k.drop);
-        last = last_sample<T, Direction>(p);
-        if (copies_first) {
-          set_first_sample<T, Direction>(p, x[Direction > 0 ? 0 : n - 1]);
-          copies_first = false;
-        }
 #pragma GCC unroll 16
         for (int v = 0; v < kTileVectors; ++v) {
           if constexpr (kOutput == Output::kStreamed)
@@ -53,6 +60,11 @@ struct TileScan {
     }
     this->carry = carry;
     this->aggregate = aggregate;
+    if constexpr (kOutput != Output::kNone) {
+      last = y[n - 1 - first];
+      if (copies_first) y[first] = first_sample;
+      copies_first = false;
+    }
   }
 };
 
@@ -66,7 +78,16 @@ struct AlphaScan {
 
   // y holds alpha * lambda and x the forward's samples, `count` of them, padded to whole tiles at
   // the end of the scan. x is overwritten. The chunk goes before `sums` in the forward's time.
-  __attribute__((noinline)) void prepend_chunk(const T* y, T* x, int64_t count,
+  void prepend_chunk(const T* y, T* x, int64_t count, AlphaSums& sums) const {
+    if (__builtin_expect(!k.steep, 1))
+      prepend_tiles<false>(y, x, count, sums);
+    else
+      prepend_tiles<true>(y, x, count, sums);
+  }
+
+ private:
+  template <bool kSteep>
+  __attribute__((noinline)) void prepend_tiles(const T* y, T* x, int64_t count,
                                                AlphaSums& sums) const {
     // All of x first, before any tile is read at other offsets: a load across two stores that are
     // still on their way waits for both.
@@ -75,11 +96,10 @@ struct AlphaScan {
     for (int64_t i = 0; i < tiles; ++i) references[i] = refer(x + i * kT, valid_in(i, count));
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t i = Direction > 0 ? t : tiles - 1 - t;
-      sums.prepend(sum(y + i * kT, x + i * kT, references[i], valid_in(i, count)));
+      sums.prepend(sum<kSteep>(y + i * kT, x + i * kT, references[i], valid_in(i, count)));
     }
   }
 
- private:
   // How many samples of the i-th tile are not padding.
   static EMA_EXT_INLINE int valid_in(int64_t i, int64_t count) {
     const int64_t rest = count % kT;
@@ -96,10 +116,11 @@ struct AlphaScan {
     return reference;
   }
 
+  template <bool kSteep>
   EMA_EXT_INLINE AlphaSums sum(const T* y, const T* x, T reference, int valid) const {
     const T* powers = k.template powers<kForward>() - kForward * (kT - valid);
     TileVector<T> p[kTileVectors];
-    scan_tile<T, kForward>(x, p, k);
+    scan_tile<T, kForward, kSteep>(x, p, k);
     TileVector<T> share{}, weight{}, before{};
 #pragma GCC unroll 16
     for (int v = 0; v < kTileVectors; ++v) {
