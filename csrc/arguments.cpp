@@ -170,4 +170,20 @@ Problem& ProblemBuilder::finish() {
   return problem;
 }
 
+Sum sum_of(const Tensor& terms, const Tensor& result) {
+  Sum sum{terms.data_ptr(), dtype_of(terms), result.data_ptr(), dtype_of(result), {}, {}};
+  const int64_t missing = terms.dim() - result.dim();
+  STD_TORCH_CHECK(missing >= 0, "the terms have fewer dimensions than their sum");
+  for (int64_t d = 0; d < terms.dim(); ++d) {
+    const int64_t size = terms.size(d), kept = d < missing ? 1 : result.size(d - missing);
+    STD_TORCH_CHECK(kept == size || kept == 1, "a sum of size ", kept, " over terms of size ", size,
+                    " in dimension ", d);
+    if (kept == size)
+      sum.kept.add(size, terms.stride(d), d < missing ? 0 : result.stride(d - missing));
+    else
+      sum.summed.add(size, terms.stride(d), 0);
+  }
+  return sum;
+}
+
 }  // namespace ema_ext

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "problem.h"
+#include "sum.h"
 
 namespace ema_ext {
 
@@ -56,5 +57,8 @@ class ProblemBuilder {
   int64_t dim_;
   bool reverse_;
 };
+
+// The sum of `terms` into `result`, whose shape broadcasts to theirs.
+Sum sum_of(const Tensor& terms, const Tensor& result);
 
 }  // namespace ema_ext

@@ -3,6 +3,7 @@
 
 #include "cpu/segment_end.h"
 #include "problem.h"
+#include "sum.h"
 
 namespace ema_ext::cpu {
 
@@ -16,6 +17,10 @@ struct Kernels {
   void (*fold_carries)(const Problem&, int64_t begin, int64_t end, const SegmentEnd*, Carry*);
   void (*scan_segments)(const Problem&, int64_t begin, int64_t end, const Carry*, SegmentEnd*);
   void (*finish_rows)(const Problem&, int64_t begin, int64_t end, const SegmentEnd*);
+  // Blocks of results by chunks of terms, of the terms' dtype, then results, of their dtype:
+  // sum_terms.h.
+  void (*sum_terms)(const Sum&, int64_t begin, int64_t end, double* partials);
+  void (*finish_sums)(const Sum&, int64_t begin, int64_t end, const double* partials);
 };
 
 // Indexed by Dtype.
