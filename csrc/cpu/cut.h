@@ -1,7 +1,7 @@
 // Few long rows on several threads: the segments of all rows as items of their own.
 //
-// find_aggregates over all items, fold_carries over the rows, scan_segments over all items and
-// finish_rows over the rows give bit for bit what scan_rows gives.
+// find_aggregates of the items that must be known beforehand, then scan_segments over all items and
+// finish_rows over the rows give bit for bit what scan_rows gives (run_cut in ema_cpu.cpp).
 #pragma once
 
 #include "cpu/rows.h"
@@ -18,50 +18,45 @@ EMA_EXT_INLINE void for_rows(const Problem& problem, int64_t begin, int64_t end,
   }
 }
 
-// Calls visit(scan, row, item, segment) for each of the items [begin, end) whose row the tiles fit.
+// Calls visit(scan, row, first item, from, to) for each row that the tiles fit, with the row's
+// share [from, to) of the items [begin, end).
 template <class Storage, class Visit>
 EMA_EXT_INLINE void for_items(const Problem& problem, int64_t begin, int64_t end, Visit visit) {
   const int64_t count = segments(problem);
   for_rows<Storage>(problem, begin / count, (end + count - 1) / count,
                     [&](const auto& scan, const auto& row, const auto&, int64_t first) {
                       if (!scan.fits) return;
-                      const int64_t from = begin > first ? begin : first;
-                      const int64_t to = end < first + count ? end : first + count;
-                      for (int64_t item = from; item < to; ++item)
-                        visit(scan, row, item, item - first);
+                      visit(scan, row, first, begin > first ? begin : first,
+                            end < first + count ? end : first + count);
                       scan.settle_stores();
                     });
 }
 
+// Of the items [begin, end), all of one row.
 template <class Storage>
-void find_aggregates(const Problem& problem, int64_t begin, int64_t end, SegmentEnd* ends) {
-  const int64_t last = segments(problem) - 1;
-  for_items<Storage>(problem, begin, end,
-                     [&](const auto& scan, const auto& row, int64_t item, int64_t index) {
-                       if (index == last) return;  // nothing follows it
-                       ends[item] = scan.template segment<false>(row, index, Carry{});
-                     });
+void find_aggregates(const Problem& problem, int64_t begin, int64_t end, Carry* aggregates) {
+  for_items<Storage>(
+      problem, begin, end,
+      [&](const auto& scan, const auto& row, int64_t first, int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i)
+          aggregates[i] = scan.template segment<false>(row, i - first, Carry{}).aggregate;
+      });
 }
 
+// `aggregates` are read of the items before `begin` in its row.
 template <class Storage>
-void fold_carries(const Problem& problem, int64_t begin, int64_t end, const SegmentEnd* ends,
-                  Carry* carries) {
-  for_rows<Storage>(problem, begin, end,
-                    [&](const auto& scan, const auto& row, const auto&, int64_t first) {
-                      carries[first] = scan.first_carry(row);
-                      for (int64_t i = 1; i < segments(problem); ++i)
-                        carries[first + i] =
-                            scan.next_carry(carries[first + i - 1], ends[first + i - 1].aggregate);
-                    });
-}
-
-template <class Storage>
-void scan_segments(const Problem& problem, int64_t begin, int64_t end, const Carry* carries,
+void scan_segments(const Problem& problem, int64_t begin, int64_t end, const Carry* aggregates,
                    SegmentEnd* ends) {
-  for_items<Storage>(problem, begin, end,
-                     [&](const auto& scan, const auto& row, int64_t item, int64_t index) {
-                       ends[item] = scan.template segment<true>(row, index, carries[item]);
-                     });
+  for_items<Storage>(
+      problem, begin, end,
+      [&](const auto& scan, const auto& row, int64_t first, int64_t from, int64_t to) {
+        Carry carry = scan.first_carry(row);
+        for (int64_t i = first; i < from; ++i) carry = scan.next_carry(carry, aggregates[i]);
+        for (int64_t i = from; i < to; ++i) {
+          ends[i] = scan.template segment<true>(row, i - first, carry);
+          carry = scan.next_carry(carry, ends[i].aggregate);
+        }
+      });
 }
 
 template <class Storage>

@@ -35,15 +35,36 @@ void parallel(int64_t items, int64_t samples_per_item, const F& f) {
     torch::stable::parallel_for(0, items, grain, f);
 }
 
-void run_cut(const Problem& problem, const Kernels& kernels, const Plan& plan) {
+// Each of `threads` scans one stretch of segments, begin(0) to begin(1) and so on; but a stretch
+// that begins within a row needs the aggregates of what lies before it in that row. The others find
+// them, each those of the stretch before its own, while the first one scans the head, whose start
+// is known. With a head of q * kAggregateCost segments and stretches of q both phases are even.
+void run_cut(const Problem& problem, const Kernels& kernels, const Plan& plan, int threads) {
   const std::unique_ptr<SegmentEnd[]> ends(new SegmentEnd[plan.items]);
-  const std::unique_ptr<Carry[]> carries(new Carry[plan.items]);
-  parallel(plan.items, plan.samples_per_item, [&](int64_t begin, int64_t end) {
-    kernels.find_aggregates(problem, begin, end, ends.get());
+  const std::unique_ptr<Carry[]> aggregates(new Carry[plan.items]);
+  const int64_t count = plan.items / problem.rows;
+  const int64_t stretches = std::min<int64_t>(threads, plan.items);
+  const int64_t head =
+      problem.rows < stretches
+          ? static_cast<int64_t>(plan.items * kAggregateCost / (stretches + kAggregateCost))
+          : 0;
+  const auto begin = [&](int64_t i) { return head + (plan.items - head) * i / stretches; };
+  const auto scan = [&](int64_t from, int64_t to) {
+    kernels.scan_segments(problem, from, to, aggregates.get(), ends.get());
+  };
+  torch::stable::parallel_for(0, stretches, 1, [&](int64_t i, int64_t last) {
+    for (; i < last; ++i) {
+      if (i == 0) {
+        scan(0, head);
+        for (int64_t item = 0; item < head; ++item) aggregates[item] = ends[item].aggregate;
+      } else {
+        const int64_t row = begin(i) / count * count;
+        kernels.find_aggregates(problem, std::max(begin(i - 1), row), begin(i), aggregates.get());
+      }
+    }
   });
-  kernels.fold_carries(problem, 0, problem.rows, ends.get(), carries.get());
-  parallel(plan.items, plan.samples_per_item, [&](int64_t begin, int64_t end) {
-    kernels.scan_segments(problem, begin, end, carries.get(), ends.get());
+  torch::stable::parallel_for(0, stretches, 1, [&](int64_t i, int64_t last) {
+    for (; i < last; ++i) scan(begin(i), begin(i + 1));
   });
   kernels.finish_rows(problem, 0, problem.rows, ends.get());
 }
@@ -68,7 +89,8 @@ void run(Problem& problem) {
     advise_huge_pages(problem);
   }
   const Plan plan = make_plan(problem, static_cast<int>(threads));
-  if (plan.strategy == Strategy::kCut) return run_cut(problem, kernels, plan);
+  if (plan.strategy == Strategy::kCut)
+    return run_cut(problem, kernels, plan, static_cast<int>(threads));
   const auto scan = plan.strategy == Strategy::kLanes ? kernels.scan_lanes : kernels.scan_rows;
   parallel(plan.items, plan.samples_per_item,
            [&](int64_t begin, int64_t end) { scan(problem, begin, end); });

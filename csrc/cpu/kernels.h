@@ -13,8 +13,7 @@ struct Kernels {
   // Blocks of rows side by side: lanes.h.
   void (*scan_lanes)(const Problem&, int64_t begin, int64_t end);
   // Rows in segments, row * segments(problem) + segment: cut.h.
-  void (*find_aggregates)(const Problem&, int64_t begin, int64_t end, SegmentEnd*);
-  void (*fold_carries)(const Problem&, int64_t begin, int64_t end, const SegmentEnd*, Carry*);
+  void (*find_aggregates)(const Problem&, int64_t begin, int64_t end, Carry*);
   void (*scan_segments)(const Problem&, int64_t begin, int64_t end, const Carry*, SegmentEnd*);
   void (*finish_rows)(const Problem&, int64_t begin, int64_t end, const SegmentEnd*);
   // Blocks of results by chunks of terms, of the terms' dtype, then results, of their dtype:

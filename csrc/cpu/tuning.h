@@ -19,6 +19,9 @@ inline __attribute__((always_inline)) int64_t segments(const Problem& problem) {
   return (problem.length + kSegmentSamples - 1) / kSegmentSamples;
 }
 
+// What finding a segment's aggregate takes of the time to scan it.
+constexpr double kAggregateCost = 0.6;
+
 // Rows shorter than this walk side by side, sample by sample: a tile has a fixed cost.
 constexpr int64_t kShortRow = 32;
 
