@@ -186,6 +186,14 @@ EMA_EXT_INLINE T last_sample(const TileVector<T>* p) {
   return Direction > 0 ? p[kTileVectors - 1][kLanes<T> - 1] : p[0][0];
 }
 
+template <class T, int Direction>
+EMA_EXT_INLINE void set_first_sample(TileVector<T>* p, T value) {
+  if constexpr (Direction > 0)
+    p[0][0] = value;
+  else
+    p[kTileVectors - 1][kLanes<T> - 1] = value;
+}
+
 // Adds the carry's share to a tile scanned from zero.
 template <class T, int Direction, bool kSteep>
 EMA_EXT_INLINE void add_carry(TileVector<T>* p, double carry, const TileCoefficients<T>& k) {

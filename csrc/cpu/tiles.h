@@ -38,8 +38,9 @@ struct TileScan {
   __attribute__((noinline)) void tiles(const T* x, T* y, int64_t n) {
     if (n == 0) return;
     Carry carry = this->carry, aggregate = this->aggregate;
-    const int64_t first = Direction > 0 ? 0 : n - 1;
-    const T first_sample = x[first];
+    // In registers throughout: to touch a streamed line again would cost more than the row.
+    bool copies_first = this->copies_first;
+    T last = this->last;
     for (int64_t t = 0; t < n; t += kT) {
       const int64_t low = Direction > 0 ? t : n - kT - t;
       TileVector<T> p[kTileVectors];
@@ -49,6 +50,11 @@ struct TileScan {
       if constexpr (kOutput != Output::kNone) {
         add_carry<T, Direction, kSteep>(p, carry.value, k);
         carry.advance(decayed, k.tile_decay, k.drop);
+        last = last_sample<T, Direction>(p);
+        if (__builtin_expect(copies_first, 0)) {
+          set_first_sample<T, Direction>(p, x[Direction > 0 ? 0 : n - 1]);
+          copies_first = false;
+        }
 #pragma GCC unroll 16
         for (int v = 0; v < kTileVectors; ++v) {
           if constexpr (kOutput == Output::kStreamed)
@@ -61,9 +67,8 @@ struct TileScan {
     this->carry = carry;
     this->aggregate = aggregate;
     if constexpr (kOutput != Output::kNone) {
-      last = y[n - 1 - first];
-      if (copies_first) y[first] = first_sample;
-      copies_first = false;
+      this->copies_first = false;
+      this->last = last;
     }
   }
 };
