@@ -49,7 +49,9 @@ class Segment {
     Sample* y = row_.y + begin_ * Direction;
     const int64_t whole = n - n % kT;
     const auto past = reinterpret_cast<uintptr_t>(y + (Direction > 0 ? 0 : 1));
-    const bool streamed = streams_stores(problem_) && past % kVectorBytes == 0 && !with_alpha();
+    // A line is lost where a streamed store meets an ordinary one: in the tail and between rows.
+    const bool streamed = streams_stores(problem_) && past % kVectorBytes == 0 && !with_alpha() &&
+                          (n == whole || n >= kChunkSamples);
     // The gradient to alpha reads y again, chunk by chunk.
     const int64_t step = with_alpha() ? kChunkSamples : whole;
     for (int64_t done = 0; done < whole; done += step) {
