@@ -95,7 +95,7 @@ def test_half_modules_keep_alpha(cast: str, start: float) -> None:
 
 
 def test_casts_that_are_followed() -> None:
-    """Catches a module that stays float32 where float64 is asked for, and a gradient left behind."""
+    """Catches a module that stays float32 where float64 is asked for, or a gradient left."""
     module = EMA(0.3, 3)
     module(signal(3, 9)).sum().backward()
     for dtype in (torch.float64, torch.float32):
@@ -177,7 +177,7 @@ def test_start_is_copied() -> None:
 
 
 def test_func_transforms() -> None:
-    """Catches a module that torch.func cannot call: gradients of several sets of weights at once."""
+    """Catches a module that torch.func cannot call: gradients of several weights at once."""
     module = EMA(0.3, 3)
     x = signal(3, 7)
 
@@ -287,5 +287,5 @@ def test_input_errors_are_those_of_the_function() -> None:
     """Catches an x looked at by the layer before the function can name what is wrong with it."""
     for x in ([1.0], torch.zeros(2, 3, 5, dtype=torch.int64), torch.zeros(())):
         for module in (EMA(0.5, 3), EMA(0.5)):
-            with pytest.raises((TypeError, ValueError, IndexError), match="x must|channel_dim"):
+            with pytest.raises((TypeError, ValueError, IndexError), match=r"x must|channel_dim"):
                 module(x)
