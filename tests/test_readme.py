@@ -1,4 +1,4 @@
-"""What the README and the recipes show is true: it runs, CI types it, and its links lead somewhere."""
+"""What the README and the recipes show is true: it runs, CI types it, its links lead somewhere."""
 
 from __future__ import annotations
 
