@@ -1,4 +1,4 @@
-"""What the README shows is true: Python runs, commands are CI's, and what it points to is there."""
+"""What the README and the recipes show is true: it runs, CI types it, its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+RECIPES = ROOT / "docs" / "recipes.md"
 CI = ROOT / ".ci" / "run"
 
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -19,10 +20,10 @@ SCRIPT = re.compile(r"\S+\.py\b")
 EXEMPT = {"long", "gpu"}
 
 
-def fences(language: str) -> dict[str, tuple[str, str]]:
+def fences(language: str, document: Path = README) -> dict[str, tuple[str, str]]:
     """Line number by name -> the words after the language, and the source as if it were alone in
-    the README: tracebacks then have the README's lines."""
-    text = README.read_text(encoding="utf-8")
+    the document: tracebacks then have the document's lines."""
+    text = document.read_text(encoding="utf-8")
     found = {}
     for match in FENCE.finditer(text):
         if match[1] == language:
@@ -37,11 +38,21 @@ def test_there_are_fences(language: str) -> None:
     assert fences(language)
 
 
-@pytest.mark.parametrize("name", fences("python"))
-def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches an example that a reader cannot paste and run."""
+SNIPPETS = [
+    (document, name) for document in (README, RECIPES) for name in fences("python", document)
+]
+
+
+@pytest.mark.parametrize(
+    ("document", "name"), SNIPPETS, ids=[f"{path.name} {name}" for path, name in SNIPPETS]
+)
+def test_python_runs(
+    document: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an example that a reader cannot paste and run, or that is not what the peer gives."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(fences("python")[name][1], README, "exec"), {"__name__": "__main__"})
+    source = fences("python", document)[name][1]
+    exec(compile(source, document, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.skipif(not CI.exists(), reason="the sdist leaves .ci out")
