@@ -241,15 +241,16 @@ def after_fork() -> None:
     torch.set_num_threads(2)
     expected = ema(x, 0.1)
 
-    def ends(call: Case) -> bool:
+    def ends(call: Case, seconds: int) -> bool:
         child = os.fork()
         if child == 0:
-            signal.alarm(5)
+            signal.alarm(seconds)
             call()
             os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
-    assert ends(lambda: torch.equal(ema(x, 0.1), expected) or os._exit(2)) or not ends(x.exp)
+    if ends(x.exp, 2):
+        assert ends(lambda: torch.equal(ema(x, 0.1), expected) or os._exit(2), 60)
 
 
 def out_of_memory() -> None:
@@ -472,4 +473,6 @@ def test_garbage_for_an_operator(case: str, outcomes: dict[str, str]) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
+    nested(torch.jagged).sum()  # the modules that it takes are then there in every child
+    ema(torch.zeros(2, device="meta"), 0.5)
     print(json.dumps({name: outcome(case) for name, case in all_cases().items()}))

@@ -129,7 +129,7 @@ class Build:
         self.ninja = next(root.glob("build/temp*/build.ninja")).parent
         objects = sorted(self.root.glob("build/temp*/csrc/**/*.o"))
         level = self._must(
-            [sys.executable, "-c", "import torch, _ema_ext; print(_ema_ext.cpu_level())"], 60
+            [sys.executable, "-c", "import torch, _ema_ext; print(_ema_ext.cpu_level())"], 600
         )
         this = level.strip().replace("-", "_")
         self.wanted = [
