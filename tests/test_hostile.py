@@ -334,6 +334,13 @@ TENSORS: dict[str, Case] = {
     "expanded": lambda: noise(1, 1, 1).expand(2, 3, 40),
     "nan": lambda: torch.full((2, 3, 40), torch.nan),
 }
+#: What no tensor argument may be, and what none but the samples may be.
+NEVER = (
+    *("str", "list", "65 dimensions", "float8", "integer", "bool", "complex"),
+    *("sparse", "csr", "mkldnn", "quantized", "nested", "jagged", "freed"),
+)
+ONLY_SAMPLES = ("empty", "empty rows", "more rows", "too short", "too long", "four dimensions")
+
 VALUES: dict[str, dict[str, Case]] = {
     "Tensor": TENSORS,
     "Optional[Tensor]": TENSORS,
@@ -390,6 +397,9 @@ def garbage() -> Iterator[tuple[str, Case]]:
                         result = op(*arguments)
                     except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError):
                         continue
+                    assert name not in NEVER, f"{name} is taken"
+                    samples = schema.arguments[i].name in ("x", "grad_y", "b")
+                    assert samples or name not in ONLY_SAMPLES, f"{name} is taken"
                     for tensor in result if isinstance(result, tuple) else (result,):
                         if tensor.device.type == "cpu" and tensor.layout == torch.strided:
                             tensor.isfinite().all()  # reads every element

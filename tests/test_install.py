@@ -118,7 +118,16 @@ def test_sdist_holds_the_sources_and_nothing_else(tmp_path: Path) -> None:
 
     written_by_setuptools = {"PKG-INFO", "setup.cfg"}
     packed = {n for n in names - written_by_setuptools if not n.startswith("ema_ext.egg-info/")}
-    folders = ["benchmarks", "build_backend", "csrc", "docs", "ema_ext", "examples", "tests"]
+    folders = [
+        "benchmarks",
+        "build_backend",
+        "csrc",
+        "docs",
+        "ema_ext",
+        "examples",
+        "tests",
+        "tools",
+    ]
     sources = {
         str(path.relative_to(ROOT))
         for folder in folders
