@@ -277,7 +277,7 @@ def _restored_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_restored_threads")
-@settings(max_examples=settings().max_examples // 2)
+@settings(max_examples=settings().max_examples // 4)
 @given(
     st.sampled_from([(150_000,), (2, 140_001), (300, 201), (40, 20, 90), (5, 9000)]),
     st.data(),
@@ -291,7 +291,7 @@ def test_any_number_of_threads(shape: tuple[int, ...], data: Any) -> None:
     x = ALL_LAYOUTS[layout](normal(0, *shape).to(dtype)).detach().requires_grad_()
     alpha = torch.tensor(data.draw(st.sampled_from([1e-4, 0.1, 0.9])), requires_grad=True)
     results = []
-    for threads in (1, 2, data.draw(st.integers(3, 7)), 2):
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         y, state = ema(x, alpha, dim=dim, reverse=reverse, return_state=True)
         grads = torch.autograd.grad(y.float().square().sum() + state.sum(), (x, alpha))

@@ -32,7 +32,7 @@ TESTS = [
     "tests/test_determinism.py",
 ]
 
-#: Tests of the process's own memory, which a sanitizer makes another.
+#: UNSANITIZED of tests/test_hostile.py.
 WITHOUT = "not out_of_memory and not all_memory and not after_fork"
 
 #: -fno-wrapv because Python's own flags define signed overflow, and it would not be looked for.
