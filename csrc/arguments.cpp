@@ -38,6 +38,12 @@ Tensor empty_without_dim(const Tensor& x, int64_t dim, ScalarType dtype) {
   return empty_strided(x, dtype, sizes, strides);
 }
 
+// Storage that was resized away leaves a tensor its shape, and no address.
+void check_memory(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.data_ptr() != nullptr || tensor.numel() == 0, name, " has ",
+                  tensor.numel(), " elements and no memory: its storage was freed");
+}
+
 }  // namespace
 
 void check_samples(const Tensor& x, int64_t dim) {
@@ -45,6 +51,7 @@ void check_samples(const Tensor& x, int64_t dim) {
   STD_TORCH_CHECK(x.layout() == torch::headeronly::Layout::Strided, "x must be a strided tensor");
   STD_TORCH_CHECK(x.dim() <= kMaxDims, "x has ", x.dim(), " dimensions, more than ", kMaxDims);
   STD_TORCH_CHECK(dim >= 0 && dim < x.dim(), "dim must lie in [0, ", x.dim(), "), and is ", dim);
+  check_memory("x", x);
 }
 
 void check_companion(const char* name, const Tensor& tensor, const Tensor& x) {
@@ -53,6 +60,7 @@ void check_companion(const char* name, const Tensor& tensor, const Tensor& x) {
   STD_TORCH_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, name,
                   " must be a strided tensor");
   STD_TORCH_CHECK(tensor.device() == x.device(), name, " must be on x's device");
+  check_memory(name, tensor);
 }
 
 void check_like(const char* name, const Tensor& tensor, const Tensor& x) {

@@ -1,9 +1,20 @@
-"""Prints, after a run, how near the worst error came to the bound that the tests hold it to."""
+"""Hypothesis' profiles, and how near the worst error came to the bound the tests hold it to.
+
+EMA_EXT_PROFILE=long searches at random and for long; otherwise the examples are always the same.
+"""
 
 from __future__ import annotations
 
+import os
+
 import bounds
 import pytest
+from hypothesis import HealthCheck, settings
+
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+settings.register_profile("ci", derandomize=True, max_examples=60, database=None, **COMMON)
+settings.register_profile("long", max_examples=2000, **COMMON)
+settings.load_profile(os.environ.get("EMA_EXT_PROFILE", "ci"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -31,6 +31,7 @@ SELECTION = [
     "test_accuracy.py::test_tail_after_a_large_start",
     "test_accuracy.py::test_gradient_to_alpha[1000-walk-torch.float32-in place]",
     "test_ema.py::test_every_dim",
+    "test_laws.py",
     "test_ema.py::test_first_sample_is_copied",
     "test_ema.py::test_alpha_one_is_the_identity_and_alpha_zero_holds",
     "test_long_rows.py::test_cut_rows_for_any_number_of_threads[False-3-torch.float32]",

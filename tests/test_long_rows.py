@@ -217,3 +217,14 @@ def test_bad_gradient_of_a_cut_row(where: int, bad: float) -> None:
     before = torch.cat([grad_x[: where + 1], grad_s[None]])
     assert before.isnan().all() if math.isnan(bad) else (before == bad).all()
     assert not grad_alpha.isfinite()
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_shortest_row_that_is_cut(extra: int) -> None:
+    """Catches constants of the cut that are missing where a row has just two segments."""
+    x = 1 + signal(2 * 65_536 + extra, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    for used in (1, 2):
+        torch.set_num_threads(used)
+        bounds.check_forward(ema(x, 1e-5), x, 1e-5, label="two segments")
+    torch.set_num_threads(threads)
