@@ -329,8 +329,13 @@ class _Sharded(Function):
             decay = _per_row(power, x, dim).expand_as(aggregate)
 
         lengths = under_way.wait()
-        begins = start is None and problem.recurrence.starts_at_first_sample
-        begins = begins and length > 0 and not any(lengths[: line.place])
+        startless = start is None and problem.recurrence.starts_at_first_sample
+        if startless and problem.return_state and not any(lengths):
+            raise ValueError(
+                "return_state: there is no sample on any rank and initial_state is None, so there "
+                "is no state to return"
+            )
+        begins = startless and length > 0 and not any(lengths[: line.place])
         if begins:  # as from a start of x[0], for (1 - alpha) * x[0] + alpha * x[0] = x[0]
             aggregate = aggregate + decay * x.select(dim, ends(length, line.reverse)[0])
         aggregates, decays = line.gather(torch.stack([aggregate, decay])).unbind(1)
