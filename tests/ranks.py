@@ -30,7 +30,7 @@ def run(checks: Sequence[Check], world: int) -> dict[str, str]:
     Every rank runs all of them, in order, in one process each.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.start_processes(_work, (world, checks, folder), nprocs=world, join=False)
+        context = start(_work, (world, checks, folder), world)
         try:
             wait(context, LIMIT)
         finally:
@@ -43,6 +43,14 @@ def run(checks: Sequence[Check], world: int) -> dict[str, str]:
             for label, ratio in worst.items():
                 bounds.WORST[label] = max(bounds.WORST.get(label, 0.0), ratio)
         return found
+
+
+def start(
+    work: Callable[..., None], arguments: tuple[object, ...], count: int
+) -> mp.ProcessContext:
+    """``count`` processes, each at work(rank, *arguments); torch is imported once for all."""
+    mp.set_forkserver_preload(["ema_ext.distributed", "numpy", "pytest"])
+    return mp.start_processes(work, arguments, nprocs=count, join=False, start_method="forkserver")
 
 
 def wait(context: mp.ProcessContext, seconds: float) -> None:
