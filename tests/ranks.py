@@ -49,7 +49,7 @@ def start(
     work: Callable[..., None], arguments: tuple[object, ...], count: int
 ) -> mp.ProcessContext:
     """``count`` processes, each at work(rank, *arguments); torch is imported once for all."""
-    mp.set_forkserver_preload(["ema_ext.distributed", "numpy", "pytest"])
+    mp.set_forkserver_preload(["ema_ext.distributed", "torch.distributed.tensor.debug", "pytest"])
     return mp.start_processes(work, arguments, nprocs=count, join=False, start_method="forkserver")
 
 

@@ -18,6 +18,14 @@ import torch.distributed as dist
 from cases import DTYPES, LAYOUTS, signal
 from ranks import cut, each, whole
 from torch import Tensor, nn
+from torch.distributed.tensor import (
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
+from torch.distributed.tensor.debug import CommDebugMode
 
 import ema_ext
 from ema_ext import distributed
@@ -332,6 +340,43 @@ def ddp_training_equals_training_alone() -> None:
 def whole_rows(x: Tensor, batch: int) -> Tensor:
     """This rank's share of the batch."""
     return x.split(batch)[dist.get_rank()]
+
+
+@check
+def dtensors_sharded_by_row_need_no_communication() -> None:
+    """Catches an operator that DTensor does not know, or runs on gathered tensors, or partially."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, alpha, state = signal(4, 8, 20), signal(8, 1, seed=1).sigmoid(), signal(4, 8, seed=2)
+    copied: list[Placement] = [Replicate()]
+    for dim, a, s in itertools.product((0, 1), (0.1, alpha), (None, 0.5, state)):
+        time = 2
+        arguments = [value.clone().requires_grad_() if isinstance(value, Tensor) else value
+                     for value in (x, a, s)]  # fmt: skip
+        sharded = [
+            distribute_tensor(value.detach(), mesh, placement).requires_grad_()
+            if isinstance(value, Tensor)
+            else value
+            for value, placement in zip(
+                arguments, ([Shard(dim)], copied, [Shard(dim)]), strict=True
+            )
+        ]
+        leaves, shares = (
+            [value for value in values if isinstance(value, Tensor)]
+            for values in (arguments, sharded)
+        )
+        found = []
+        for values, wanted in ((arguments, leaves), (sharded, shares)):
+            with CommDebugMode() as traffic:
+                y, last = ema_ext.ema(
+                    values[0], values[1], dim=time, initial_state=values[2], return_state=True
+                )
+                gradients = torch.autograd.grad((y, last), wanted, (y.detach(), last.detach()))
+            assert not traffic.get_total_counts()
+            found.append([y, last, *gradients])
+        for expected, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours.full_tensor(), expected)
+    with pytest.raises(ValueError, match=r"sharded along dim 2.* ema_ext\.distributed"):
+        ema_ext.ema(distribute_tensor(x, mesh, [Shard(2)]), 0.1)
 
 
 @pytest.mark.parametrize("name", [function.__name__ for function in CHECKS])
