@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,16 @@ def test_there_are_fences(language: str) -> None:
 def test_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an example that a reader cannot paste and run."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(fences("python")[name][1], README, "exec"), {"__name__": "__main__"})
+    mark, source = fences("python")[name]
+    if mark == "torchrun":
+        Path("example.py").write_text(source, encoding="utf-8")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*torchrun, "--nproc-per-node", "2", "example.py"]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert run.returncode == 0, run.stderr
+        return
+    assert not mark
+    exec(compile(source, README, "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.skipif(not CI.exists(), reason="the sdist leaves .ci out")
