@@ -113,9 +113,10 @@ for _operator, _fake in _FAKES.items():
     torch.library.register_fake(f"ema_ext::{_operator}", _fake)
 
 
-# What each argument is to torch.vmap, which adds a dimension at the front: "x" has all dimensions,
-# "alpha" expands to x, "state" expands to x without time, "dim" counts dimensions.
-_ROLES = {
+#: What each argument is, to torch.vmap, which adds a dimension at the front, and to DTensor: "x"
+#: has all dimensions, "alpha" expands to x, "state" expands to x without time, "dim" counts
+#: dimensions.
+ROLES = {
     "ema": ("x", "", "state", "dim", ""),
     "ema.Tensor": ("x", "alpha", "state", "dim", ""),
     "ema_with_state": ("x", "", "state", "dim", ""),
@@ -134,7 +135,7 @@ def _batched(value: Tensor, at: int | None, size: int, rank: int) -> Tensor:
 
 
 def _batching_rule(operator: str) -> Callable[..., Any]:
-    roles = _ROLES[operator]
+    roles = ROLES[operator]
     name, _, overload = operator.partition(".")
     op = getattr(getattr(_namespace, name), overload or "default")
 
@@ -159,5 +160,5 @@ def _batching_rule(operator: str) -> Callable[..., Any]:
     return rule
 
 
-for _operator in _ROLES:
+for _operator in ROLES:
     torch.library.register_vmap(f"ema_ext::{_operator}", _batching_rule(_operator))

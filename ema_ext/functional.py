@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ema_ext import _checks, _ops
+from ema_ext import _checks, _ops, _sharding
 from ema_ext._autograd import float_ema, tensor_ema, traced
 
 
@@ -99,7 +99,8 @@ def ema(
         TypeError: x is no dense tensor of the dtypes above; alpha or initial_state is neither
             a real number nor such a tensor; dim is no int.
         ValueError: a float alpha lies outside [0, 1]; alpha or initial_state does not expand;
-            x has no dimension; the state of an empty average without initial_state is asked for.
+            x has no dimension, or is a DTensor sharded along ``dim``; the state of an empty
+            average without initial_state is asked for.
         IndexError: dim is out of range.
         RuntimeError: this build has no kernels for x's device; alpha or initial_state is on
             another device than x (a 0-dim tensor on the cpu may be); a ``torch.func`` transform
@@ -140,8 +141,11 @@ def _general(
     """ema for every kind of argument."""
     x = _checks.input_tensor("x", x)
     dim = _checks.dimension(dim, x)
+    _sharding.prepare(x, dim)
     alpha = _checks.smoothing_weight(alpha, x, dim)
     state = _checks.start_state(initial_state, x, dim)
+    if state is not None and not isinstance(initial_state, Tensor):
+        state = _sharding.beside(x, state)
     reverse = bool(reverse)
 
     if return_state and x.shape[dim] == 0:

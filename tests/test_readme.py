@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,15 @@ def test_python_runs(
 ) -> None:
     """Catches an example that a reader cannot paste and run, or that is not what the peer gives."""
     monkeypatch.chdir(tmp_path)
-    source = fences("python", document)[name][1]
+    mark, source = fences("python", document)[name]
+    if mark == "torchrun":
+        Path("example.py").write_text(source, encoding="utf-8")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*torchrun, "--nproc-per-node", "2", "example.py"]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert run.returncode == 0, run.stderr
+        return
+    assert not mark
     exec(compile(source, document, "exec"), {"__name__": "__main__"})
 
 
