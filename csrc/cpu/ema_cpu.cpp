@@ -59,6 +59,19 @@ void advise_huge_pages(const Problem& problem) {
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
+auto scan_of(const Kernels& kernels, Strategy strategy) {
+  switch (strategy) {
+    case Strategy::kVaryingRows:
+      return kernels.scan_varying_rows;
+    case Strategy::kVaryingLanes:
+      return kernels.scan_varying_lanes;
+    case Strategy::kLanes:
+      return kernels.scan_lanes;
+    default:
+      return kernels.scan_rows;
+  }
+}
+
 void run(Problem& problem) {
   if (problem.rows == 0 || problem.length == 0) return;
   const Kernels& kernels = kernels_for(problem.x.dtype);
@@ -69,7 +82,7 @@ void run(Problem& problem) {
   }
   const Plan plan = make_plan(problem, static_cast<int>(threads));
   if (plan.strategy == Strategy::kCut) return run_cut(problem, kernels, plan);
-  const auto scan = plan.strategy == Strategy::kLanes ? kernels.scan_lanes : kernels.scan_rows;
+  const auto scan = scan_of(kernels, plan.strategy);
   parallel(plan.items, plan.samples_per_item,
            [&](int64_t begin, int64_t end) { scan(problem, begin, end); });
 }

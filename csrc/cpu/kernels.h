@@ -12,6 +12,9 @@ struct Kernels {
   void (*scan_rows)(const Problem&, int64_t begin, int64_t end);
   // Blocks of rows side by side: lanes.h.
   void (*scan_lanes)(const Problem&, int64_t begin, int64_t end);
+  // Those of varying.h, as rows and as blocks.
+  void (*scan_varying_rows)(const Problem&, int64_t begin, int64_t end);
+  void (*scan_varying_lanes)(const Problem&, int64_t begin, int64_t end);
   // Rows in segments, row * segments(problem) + segment: cut.h.
   void (*find_aggregates)(const Problem&, int64_t begin, int64_t end, SegmentEnd*);
   void (*fold_carries)(const Problem&, int64_t begin, int64_t end, const SegmentEnd*, Carry*);

@@ -18,10 +18,7 @@ void move_axis(Problem& problem, int from, int to) {
       std::rotate(axes + to, axes + from, axes + from + 1);
   };
   rotate(problem.sizes);
-  for (Operand* operand :
-       {&problem.x, &problem.y, &problem.coefficient, &problem.start, &problem.state,
-        &problem.forward_x, &problem.forward_start, &problem.grad_coefficient})
-    rotate(operand->row_strides);
+  problem.for_each_operand([&](Operand& operand) { rotate(operand.row_strides); });
 }
 
 // The axis whose rows walk side by side, or -1: one along which they touch in every tensor of
@@ -41,13 +38,16 @@ int lane_axis(const Problem& problem) {
 }  // namespace
 
 Plan make_plan(Problem& problem, int threads) {
+  const bool varying = problem.varying || problem.op == Op::kLinearRecurrenceBackward;
   const int lane = lane_axis(problem);
   if (lane >= 0) {
     const int64_t width = problem.sizes[lane];
     move_axis(problem, lane, problem.ndim - 1);
     const int64_t blocks = problem.rows / width * ((width + kLanesPerBlock - 1) / kLanesPerBlock);
-    return {Strategy::kLanes, blocks, problem.length * std::min<int64_t>(width, kLanesPerBlock)};
+    return {varying ? Strategy::kVaryingLanes : Strategy::kLanes, blocks,
+            problem.length * std::min<int64_t>(width, kLanesPerBlock)};
   }
+  if (varying) return {Strategy::kVaryingRows, problem.rows, problem.length};
   // Rows of one coefficient follow one another, so that its powers are computed once.
   if (problem.coefficient.data != nullptr) {
     int front = 0;

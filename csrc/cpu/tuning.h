@@ -26,6 +26,10 @@ constexpr int64_t kShortRow = 32;
 // A multiple of every tile.
 constexpr int64_t kChunkSamples = 1024;
 
+// Samples, of one row or of many side by side, that pass through each of the float64 buffers of
+// varying.h: five of them fit into L1.
+constexpr int64_t kVaryingChunk = 512;
+
 // Outputs from here on do not stay in the cache anyway: stores that pass it by save reading the
 // lines first.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;

@@ -1,0 +1,334 @@
+// The recurrence with a coefficient per sample, and the adjoints that need the forward's y:
+// forward, backward, in one pass, for every dtype and stride.
+//
+// Samples pass through buffers of float64 in L1, chunk by chunk, so one kernel serves all dtypes
+// and neither 1 - alpha nor a product of coefficients is rounded to less. A chunk is kSteps samples
+// of W rows side by side: of one row, whose samples are then scanned by vectors (PairScan), or of
+// many, where a vector holds as many rows.
+#pragma once
+
+#include "cpu/row.h"
+#include "cpu/tuning.h"
+
+namespace ema_ext::cpu::EMA_EXT_LEVEL {
+
+// Vectors of float64 between memory and the buffers; `stride` is in elements and may be negative.
+template <class Storage>
+struct Transfer {
+  using Sample = typename Storage::Sample;
+  using Acc = typename Storage::Acc;
+  static constexpr int kN = kLanes<double>;
+  using D = Vector<double, kN>;
+
+  static void load_run(const Sample* from, int64_t stride, int64_t count, double* to) {
+    int64_t i = 0;
+    if (stride == 1) {
+      for (; i + kN <= count; i += kN)
+        store(to + i, widen<kN>(Storage::template get_vector<kN>(from + i)));
+    } else if (stride == -1) {
+      for (; i + kN <= count; i += kN)
+        store(to + i, flipped(widen<kN>(Storage::template get_vector<kN>(from - i - (kN - 1)))));
+    } else if (stride == 0) {
+      const D value = D{} + Storage::get(*from);
+      for (; i + kN <= count; i += kN) store(to + i, value);
+    }
+    for (; i < count; ++i) to[i] = Storage::get(from[i * stride]);
+  }
+
+  static void store_run(const double* from, int64_t stride, int64_t count, Sample* to) {
+    int64_t i = 0;
+    if (stride == 1) {
+      for (; i + kN <= count; i += kN)
+        Storage::template put_vector<kN>(narrow<Acc, kN>(load<D>(from + i)), to + i);
+    } else if (stride == -1) {
+      for (; i + kN <= count; i += kN)
+        Storage::template put_vector<kN>(narrow<Acc, kN>(flipped(load<D>(from + i))),
+                                         to - i - (kN - 1));
+    }
+    for (; i < count; ++i) to[i * stride] = Storage::put(static_cast<Acc>(from[i]));
+  }
+
+ private:
+  static EMA_EXT_INLINE D flipped(D v) { return flip(v, typename MakeIndices<kN>::type{}); }
+  template <int... I>
+  static EMA_EXT_INLINE D flip(D v, Indices<I...>) {
+    return __builtin_shufflevector(v, v, (kN - 1 - I)...);
+  }
+};
+
+// `count` elements of an operand from `offset` on.
+inline void load_run(const Operand& operand, int64_t offset, int64_t stride, int64_t count,
+                     double* to) {
+  switch (operand.dtype) {
+    case Dtype::kFloat64:
+      return Transfer<Float64>::load_run(static_cast<const double*>(operand.data) + offset, stride,
+                                         count, to);
+    case Dtype::kFloat32:
+      return Transfer<Float32>::load_run(static_cast<const float*>(operand.data) + offset, stride,
+                                         count, to);
+    case Dtype::kFloat16:
+      return Transfer<Float16>::load_run(static_cast<const uint16_t*>(operand.data) + offset,
+                                         stride, count, to);
+    case Dtype::kBFloat16:
+      return Transfer<BFloat16>::load_run(static_cast<const uint16_t*>(operand.data) + offset,
+                                          stride, count, to);
+  }
+}
+
+inline void store_run(const double* from, const Operand& operand, int64_t offset, int64_t stride,
+                      int64_t count) {
+  switch (operand.dtype) {
+    case Dtype::kFloat64:
+      return Transfer<Float64>::store_run(from, stride, count,
+                                          static_cast<double*>(operand.data) + offset);
+    case Dtype::kFloat32:
+      return Transfer<Float32>::store_run(from, stride, count,
+                                          static_cast<float*>(operand.data) + offset);
+    case Dtype::kFloat16:
+      return Transfer<Float16>::store_run(from, stride, count,
+                                          static_cast<uint16_t*>(operand.data) + offset);
+    case Dtype::kBFloat16:
+      return Transfer<BFloat16>::store_run(from, stride, count,
+                                           static_cast<uint16_t*>(operand.data) + offset);
+  }
+}
+
+// y[n] = a[n] * y[n-1] + b[n] over one row, from y[-1] = carry; returns the last y.
+//
+// (a, b) stands for the map y -> a y + b, and maps compose: (a2, b2) after (a1, b1) is
+// (a2 a1, a2 b1 + b2). In each vector the maps from its first sample on are formed by doubling; the
+// carry then runs from vector to vector. After Hillis and Steele (1986) and Blelloch (1990).
+struct PairScan {
+  static constexpr int kN = kLanes<double>;
+  using D = Vector<double, kN>;
+
+  // Before the vector's first sample nothing happens: the map (1, 0).
+  template <int K>
+  static EMA_EXT_INLINE void widen_maps(D& a, D& b) {
+    b += a * earlier_by<K, 1, double, kN>(D{}, b);
+    a *= earlier_by<K, 1, double, kN>(D{} + 1.0, a);
+  }
+
+  static double run(const double* a, const double* b, int64_t count, double carry, double* y) {
+    if (!finite(carry)) return one_by_one(a, b, count, carry, y);
+    const double start = carry;
+    int64_t i = 0;
+    for (; i + kN <= count; i += kN) {
+      D ratio = load<D>(a + i), drive = load<D>(b + i);
+      widen_maps<1>(ratio, drive);
+      if constexpr (kN >= 4) widen_maps<2>(ratio, drive);
+      if constexpr (kN >= 8) widen_maps<4>(ratio, drive);
+      store(y + i, ratio * carry + drive);
+      carry = ratio[kN - 1] * carry + drive[kN - 1];
+    }
+    carry = one_by_one(a + i, b + i, count - i, carry, y + i);
+    // What is not finite stays so, whatever the coefficients. But a product of coefficients may
+    // overflow, and meet a zero, where the loop does not.
+    return finite(carry) ? carry : one_by_one(a, b, count, start, y);
+  }
+
+ private:
+  static double one_by_one(const double* a, const double* b, int64_t count, double y, double* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = y = a[i] * y + b[i];
+    return y;
+  }
+};
+
+// `rows` neighbouring rows along the innermost axis, at most W, from end to end.
+template <int W>
+class VaryingRows {
+ public:
+  VaryingRows(const Problem& problem, const RowOffsets& at, int64_t rows)
+      : problem_(problem), at_(at), rows_(rows) {
+    if (rows == W) return;
+    for (double* lanes : {ratio_, drive_, y_}) std::memset(lanes, 0, kSize * sizeof(double));
+  }
+
+  void scan() {
+    const bool adjoint = is_adjoint(problem_.op);
+    for_rows([&](int64_t w, const RowOffsets& at) {
+      // The adjoint starts from the gradient of the state, an average without a start from x[0].
+      state_[w] = problem_.start.data != nullptr ? rounded_state(problem_.start, at.start) : 0;
+    });
+    for (int64_t n = 0; n < problem_.length; n += kSteps) {
+      const int64_t steps = problem_.length - n < kSteps ? problem_.length - n : kSteps;
+      adjoint ? backward(n, steps) : forward(n, steps);
+    }
+    for_rows([&](int64_t w, const RowOffsets& at) {
+      write(problem_.state, at.state, state_[w]);
+      if (!problem_.varying) write(problem_.grad_coefficient, at.grad_coefficient, sum_[w]);
+    });
+  }
+
+ private:
+  static constexpr int64_t kSteps = kVaryingChunk / W;
+  static constexpr int64_t kSize = kSteps * W;
+
+  // Samples [n, n + steps).
+  void forward(int64_t n, int64_t steps) {
+    fetch(problem_.coefficient, at_.coefficient, n, steps, ratio_);
+    fetch(problem_.x, at_.x, n, steps, drive_);
+    if (problem_.op == Op::kEma) {
+      double first[W];
+      std::memcpy(first, drive_, sizeof first);
+      for (int64_t i = 0; i < steps * W; ++i) {
+        drive_[i] *= ratio_[i];
+        ratio_[i] = 1 - ratio_[i];
+      }
+      if (n == 0 && problem_.start.data == nullptr) {
+        std::memcpy(drive_, first, sizeof first);
+        for (int64_t w = 0; w < W; ++w) ratio_[w] = 0;
+      }
+    }
+    advance(steps);
+    put(y_, problem_.y, at_.y, n, steps);
+    if (n == 0 && problem_.op == Op::kEma && problem_.start.data == nullptr) copy_first();
+  }
+
+  // Here time runs against the forward's: the y before a sample is the next one's.
+  void backward(int64_t n, int64_t steps) {
+    const bool average = problem_.op == Op::kEmaBackward, last = n + steps == problem_.length;
+    double* const own = ratio_ + W;  // each sample's coefficient; that of the one before it: ratio_
+    if (n == 0)
+      fetch(problem_.coefficient, at_.coefficient, 0, steps, own);
+    else
+      fetch(problem_.coefficient, at_.coefficient, n - 1, steps + 1, ratio_);
+    fetch(problem_.x, at_.x, n, steps, drive_);
+    double end_ratio[W];  // from the last sample to the initial state
+    for (int64_t w = 0; w < W; ++w) {
+      const double coefficient = own[(steps - 1) * W + w];
+      end_ratio[w] = average ? 1 - coefficient : coefficient;
+    }
+    const bool wants_coefficient = problem_.grad_coefficient.data != nullptr;
+    if (average) std::memcpy(own_, own, steps * W * sizeof(double));
+    if (average)
+      for (int64_t i = 0; i < steps * W; ++i) ratio_[i] = 1 - ratio_[i];
+    if (n == 0)
+      for (int64_t w = 0; w < W; ++w) ratio_[w] = 1;
+    advance(steps);
+    if (wants_coefficient) to_coefficient(n, steps, last);
+    if (average) {
+      for (int64_t i = 0; i < steps * W; ++i) own_[i] *= y_[i];
+      if (last && !problem_.has_initial_state)
+        std::memcpy(own_ + (steps - 1) * W, y_ + (steps - 1) * W, W * sizeof(double));
+    }
+    put(average ? own_ : y_, problem_.y, at_.y, n, steps);
+    if (last)
+      for (int64_t w = 0; w < W; ++w) state_[w] *= end_ratio[w];
+  }
+
+  // The gradient to each sample's coefficient, or their sum where it is constant.
+  void to_coefficient(int64_t n, int64_t steps, bool last) {
+    const bool average = problem_.op == Op::kEmaBackward;
+    double* const before = drive_;  // the forward's y before each sample
+    fetch(problem_.forward_y, at_.forward_y, n + 1, steps - last, before);
+    if (average) fetch(problem_.forward_x, at_.forward_x, n, steps, ratio_);
+    if (last) {
+      double* const first = before + (steps - 1) * W;
+      for_rows([&](int64_t w, const RowOffsets& at) {
+        if (problem_.forward_start.data != nullptr)
+          first[w] = rounded_state(problem_.forward_start, at.forward_start);
+        else
+          first[w] = average ? ratio_[(steps - 1) * W + w] : 0;
+      });
+    }
+    for (int64_t i = 0; i < steps * W; ++i)
+      before[i] = y_[i] * (average ? ratio_[i] - before[i] : before[i]);
+    if (problem_.varying)
+      return put(before, problem_.grad_coefficient, at_.grad_coefficient, n, steps);
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t w = 0; w < W; ++w) sum_[w] += before[t * W + w];
+  }
+
+  void advance(int64_t steps) {
+    if constexpr (W == 1) {
+      state_[0] = PairScan::run(ratio_, drive_, steps, state_[0], y_);
+    } else {
+      constexpr int kN = kLanes<double>;
+      using D = Vector<double, kN>;
+      D state[W / kN];
+      std::memcpy(state, state_, sizeof state);
+      for (int64_t t = 0; t < steps; ++t) {
+#pragma GCC unroll 16
+        for (int v = 0; v < W / kN; ++v) {
+          const int64_t i = t * W + v * kN;
+          state[v] = load<D>(ratio_ + i) * state[v] + load<D>(drive_ + i);
+          store(y_ + i, state[v]);
+        }
+      }
+      std::memcpy(state_, state, sizeof state);
+    }
+  }
+
+  // Samples [n, n + steps) of all rows, between an operand and a buffer.
+  void fetch(const Operand& operand, int64_t offset, int64_t n, int64_t steps, double* to) const {
+    offset += n * operand.time_stride;
+    if (W == 1) return load_run(operand, offset, operand.time_stride, steps, to);
+    const int64_t lane = operand.row_strides[problem_.ndim - 1];
+    for (int64_t t = 0; t < steps; ++t)
+      load_run(operand, offset + t * operand.time_stride, lane, rows_, to + t * W);
+  }
+  void put(const double* from, const Operand& operand, int64_t offset, int64_t n,
+           int64_t steps) const {
+    offset += n * operand.time_stride;
+    if (W == 1) return store_run(from, operand, offset, operand.time_stride, steps);
+    const int64_t lane = operand.row_strides[problem_.ndim - 1];
+    for (int64_t t = 0; t < steps; ++t)
+      store_run(from + t * W, operand, offset + t * operand.time_stride, lane, rows_);
+  }
+
+  // y[0] = x[0], bit by bit.
+  void copy_first() const {
+    const int64_t bytes = bytes_of(problem_.x.dtype);
+    for_rows([&](int64_t, const RowOffsets& at) {
+      std::memcpy(static_cast<char*>(problem_.y.data) + at.y * bytes,
+                  static_cast<const char*>(problem_.x.data) + at.x * bytes, bytes);
+    });
+  }
+
+  template <class Visit>
+  EMA_EXT_INLINE void for_rows(Visit visit) const {
+    RowOffsets at = at_;
+    for (int64_t w = 0; w < rows_; ++w) {
+      visit(w, at);
+      if (problem_.ndim > 0) at.move(problem_, problem_.ndim - 1, 1);
+    }
+  }
+
+  // In the accumulate dtype, as states are handed on.
+  double rounded_state(const Operand& operand, int64_t offset) const {
+    const double value = read(operand, offset);
+    return problem_.x.dtype == Dtype::kFloat64 ? value : static_cast<float>(value);
+  }
+
+  const Problem& problem_;
+  const RowOffsets at_;
+  const int64_t rows_;
+  alignas(64) double state_[W] = {};
+  double sum_[W] = {};
+  // Lanes without a row are finite, and mean nothing.
+  alignas(64) double ratio_[kSize + W];
+  alignas(64) double drive_[kSize];
+  alignas(64) double y_[kSize];
+  alignas(64) double own_[kSize];  // of the adjoint of an average: its coefficients
+};
+
+// Rows [begin, end), one by one.
+inline void scan_varying_rows(const Problem& problem, int64_t begin, int64_t end) {
+  RowCursor cursor(problem, begin);
+  for (; begin < end; ++begin, cursor.advance()) VaryingRows<1>(problem, cursor.at(), 1).scan();
+}
+
+// Items [begin, end): each kLanesPerBlock neighbouring rows, or those left of the innermost axis.
+inline void scan_varying_lanes(const Problem& problem, int64_t begin, int64_t end) {
+  const int64_t width = problem.ndim > 0 ? problem.sizes[problem.ndim - 1] : 1;
+  const int64_t blocks = (width + kLanesPerBlock - 1) / kLanesPerBlock;
+  for (; begin < end; ++begin) {
+    const int64_t first = begin % blocks * kLanesPerBlock, left = width - first;
+    VaryingRows<kLanesPerBlock>(problem, RowCursor(problem, begin / blocks * width + first).at(),
+                                left < kLanesPerBlock ? left : kLanesPerBlock)
+        .scan();
+  }
+}
+
+}  // namespace ema_ext::cpu::EMA_EXT_LEVEL
