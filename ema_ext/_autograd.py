@@ -327,7 +327,8 @@ class Expand(Rule):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> Any:
         (value,) = ctx.saved_tensors
-        return (sum_to(grad, value.detach()), *(None for _ in ctx.target))
+        transposed = sum_to if torch.is_grad_enabled() else _ops.sum_to
+        return (transposed(grad, value.detach()), *(None for _ in ctx.target))
 
     @staticmethod
     def jvp(ctx: Context, value_t: Tensor, *_: None) -> Any:
