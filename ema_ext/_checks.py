@@ -68,7 +68,9 @@ def recurrence(a: Any, b: Any) -> tuple[Tensor, Tensor, torch.Size]:
     if factor.device != b.device:
         factor = factor.to(b.device)
     try:
-        shape = torch.broadcast_shapes(factor.shape, b.shape)  # type: ignore[no-untyped-call]
+        shape = b.shape
+        if factor.shape != shape:
+            shape = torch.broadcast_shapes(factor.shape, shape)  # type: ignore[no-untyped-call]
     except RuntimeError:
         raise ValueError(
             f"a of shape {tuple(factor.shape)} and b of shape {tuple(b.shape)} do not broadcast"

@@ -43,9 +43,10 @@ Plan make_plan(Problem& problem, int threads) {
   if (lane >= 0) {
     const int64_t width = problem.sizes[lane];
     move_axis(problem, lane, problem.ndim - 1);
-    const int64_t blocks = problem.rows / width * ((width + kLanesPerBlock - 1) / kLanesPerBlock);
+    const int64_t lanes = varying ? varying_lanes(width) : kLanesPerBlock;
+    const int64_t blocks = problem.rows / width * ((width + lanes - 1) / lanes);
     return {varying ? Strategy::kVaryingLanes : Strategy::kLanes, blocks,
-            problem.length * std::min<int64_t>(width, kLanesPerBlock)};
+            problem.length * std::min<int64_t>(width, lanes)};
   }
   if (varying) return {Strategy::kVaryingRows, problem.rows, problem.length};
   // Rows of one coefficient follow one another, so that its powers are computed once.

@@ -28,7 +28,13 @@ constexpr int64_t kChunkSamples = 1024;
 
 // Samples, of one row or of many side by side, that pass through each of the float64 buffers of
 // varying.h: five of them fit into L1.
-constexpr int64_t kVaryingChunk = 512;
+constexpr int64_t kVaryingChunk = 256;
+
+// Rows side by side that pass through them together: whole cache lines, several of them, for the
+// sake of the memory; fewer where there are no more, for every lane costs the same.
+inline __attribute__((always_inline)) int64_t varying_lanes(int64_t width) {
+  return width > 32 ? 64 : width > 16 ? 32 : 16;
+}
 
 // Outputs from here on do not stay in the cache anyway: stores that pass it by save reading the
 // lines first.

@@ -7,6 +7,7 @@
 // many, where a vector holds as many rows.
 #pragma once
 
+#include "cpu/pair_scan.h"
 #include "cpu/row.h"
 #include "cpu/tuning.h"
 
@@ -93,46 +94,12 @@ inline void store_run(const double* from, const Operand& operand, int64_t offset
   }
 }
 
-// y[n] = a[n] * y[n-1] + b[n] over one row, from y[-1] = carry; returns the last y.
-//
-// (a, b) stands for the map y -> a y + b, and maps compose: (a2, b2) after (a1, b1) is
-// (a2 a1, a2 b1 + b2). In each vector the maps from its first sample on are formed by doubling; the
-// carry then runs from vector to vector. After Hillis and Steele (1986) and Blelloch (1990).
-struct PairScan {
-  static constexpr int kN = kLanes<double>;
-  using D = Vector<double, kN>;
-
-  // Before the vector's first sample nothing happens: the map (1, 0).
-  template <int K>
-  static EMA_EXT_INLINE void widen_maps(D& a, D& b) {
-    b += a * earlier_by<K, 1, double, kN>(D{}, b);
-    a *= earlier_by<K, 1, double, kN>(D{} + 1.0, a);
-  }
-
-  static double run(const double* a, const double* b, int64_t count, double carry, double* y) {
-    if (!finite(carry)) return one_by_one(a, b, count, carry, y);
-    const double start = carry;
-    int64_t i = 0;
-    for (; i + kN <= count; i += kN) {
-      D ratio = load<D>(a + i), drive = load<D>(b + i);
-      widen_maps<1>(ratio, drive);
-      if constexpr (kN >= 4) widen_maps<2>(ratio, drive);
-      if constexpr (kN >= 8) widen_maps<4>(ratio, drive);
-      store(y + i, ratio * carry + drive);
-      carry = ratio[kN - 1] * carry + drive[kN - 1];
-    }
-    carry = one_by_one(a + i, b + i, count - i, carry, y + i);
-    // What is not finite stays so, whatever the coefficients. But a product of coefficients may
-    // overflow, and meet a zero, where the loop does not.
-    return finite(carry) ? carry : one_by_one(a, b, count, start, y);
-  }
-
- private:
-  static double one_by_one(const double* a, const double* b, int64_t count, double y, double* to) {
-    for (int64_t i = 0; i < count; ++i) to[i] = y = a[i] * y + b[i];
-    return y;
-  }
-};
+// Calls f(i) for i = 0, kLanes, ... until `count` elements are done, with those that fill the last
+// vector.
+template <class F>
+EMA_EXT_INLINE void for_vectors(int64_t count, F f) {
+  for (int64_t i = 0; i < count; i += kLanes<double>) f(i);
+}
 
 // `rows` neighbouring rows along the innermost axis, at most W, from end to end.
 template <int W>
@@ -161,6 +128,8 @@ class VaryingRows {
   }
 
  private:
+  static constexpr int kN = kLanes<double>;
+  using D = Vector<double, kN>;
   static constexpr int64_t kSteps = kVaryingChunk / W;
   static constexpr int64_t kSize = kSteps * W;
 
@@ -171,10 +140,11 @@ class VaryingRows {
     if (problem_.op == Op::kEma) {
       double first[W];
       std::memcpy(first, drive_, sizeof first);
-      for (int64_t i = 0; i < steps * W; ++i) {
-        drive_[i] *= ratio_[i];
-        ratio_[i] = 1 - ratio_[i];
-      }
+      for_vectors(steps * W, [&](int64_t i) {
+        const D weight = load<D>(ratio_ + i);
+        store(drive_ + i, load<D>(drive_ + i) * weight);
+        store(ratio_ + i, 1 - weight);
+      });
       if (n == 0 && problem_.start.data == nullptr) {
         std::memcpy(drive_, first, sizeof first);
         for (int64_t w = 0; w < W; ++w) ratio_[w] = 0;
@@ -202,13 +172,14 @@ class VaryingRows {
     const bool wants_coefficient = problem_.grad_coefficient.data != nullptr;
     if (average) std::memcpy(own_, own, steps * W * sizeof(double));
     if (average)
-      for (int64_t i = 0; i < steps * W; ++i) ratio_[i] = 1 - ratio_[i];
+      for_vectors(steps * W, [&](int64_t i) { store(ratio_ + i, 1 - load<D>(ratio_ + i)); });
     if (n == 0)
       for (int64_t w = 0; w < W; ++w) ratio_[w] = 1;
     advance(steps);
     if (wants_coefficient) to_coefficient(n, steps, last);
     if (average) {
-      for (int64_t i = 0; i < steps * W; ++i) own_[i] *= y_[i];
+      for_vectors(steps * W,
+                  [&](int64_t i) { store(own_ + i, load<D>(own_ + i) * load<D>(y_ + i)); });
       if (last && !problem_.has_initial_state)
         std::memcpy(own_ + (steps - 1) * W, y_ + (steps - 1) * W, W * sizeof(double));
     }
@@ -232,20 +203,29 @@ class VaryingRows {
           first[w] = average ? ratio_[(steps - 1) * W + w] : 0;
       });
     }
-    for (int64_t i = 0; i < steps * W; ++i)
-      before[i] = y_[i] * (average ? ratio_[i] - before[i] : before[i]);
+    for_vectors(steps * W, [&](int64_t i) {
+      const D y = load<D>(before + i), by = average ? load<D>(ratio_ + i) - y : y;
+      store(before + i, load<D>(y_ + i) * by);
+    });
     if (problem_.varying)
       return put(before, problem_.grad_coefficient, at_.grad_coefficient, n, steps);
-    for (int64_t t = 0; t < steps; ++t)
-      for (int64_t w = 0; w < W; ++w) sum_[w] += before[t * W + w];
+    if constexpr (W == 1) {
+      D sum{};
+      int64_t i = 0;
+      for (; i + kN <= steps; i += kN) sum += load<D>(before + i);
+      for (; i < steps; ++i) sum_[0] += before[i];
+      sum_[0] += sum_lanes<double, kN>(sum);
+    } else {
+      for (int64_t t = 0; t < steps; ++t)
+        for (int w = 0; w < W; w += kN)
+          store(sum_ + w, load<D>(sum_ + w) + load<D>(before + t * W + w));
+    }
   }
 
   void advance(int64_t steps) {
     if constexpr (W == 1) {
-      state_[0] = PairScan::run(ratio_, drive_, steps, state_[0], y_);
+      state_[0] = PairScan<kVaryingChunk>::run(ratio_, drive_, steps, state_[0], y_);
     } else {
-      constexpr int kN = kLanes<double>;
-      using D = Vector<double, kN>;
       D state[W / kN];
       std::memcpy(state, state_, sizeof state);
       for (int64_t t = 0; t < steps; ++t) {
@@ -319,15 +299,25 @@ inline void scan_varying_rows(const Problem& problem, int64_t begin, int64_t end
   for (; begin < end; ++begin, cursor.advance()) VaryingRows<1>(problem, cursor.at(), 1).scan();
 }
 
-// Items [begin, end): each kLanesPerBlock neighbouring rows, or those left of the innermost axis.
-inline void scan_varying_lanes(const Problem& problem, int64_t begin, int64_t end) {
-  const int64_t width = problem.ndim > 0 ? problem.sizes[problem.ndim - 1] : 1;
-  const int64_t blocks = (width + kLanesPerBlock - 1) / kLanesPerBlock;
+template <int W>
+void scan_varying_blocks(const Problem& problem, int64_t begin, int64_t end) {
+  const int64_t width = problem.sizes[problem.ndim - 1], blocks = (width + W - 1) / W;
   for (; begin < end; ++begin) {
-    const int64_t first = begin % blocks * kLanesPerBlock, left = width - first;
-    VaryingRows<kLanesPerBlock>(problem, RowCursor(problem, begin / blocks * width + first).at(),
-                                left < kLanesPerBlock ? left : kLanesPerBlock)
-        .scan();
+    const int64_t first = begin % blocks * W, left = width - first;
+    const RowCursor cursor(problem, begin / blocks * width + first);
+    VaryingRows<W>(problem, cursor.at(), left < W ? left : W).scan();
+  }
+}
+
+// Items [begin, end): each varying_lanes neighbouring rows, or those left of the innermost axis.
+inline void scan_varying_lanes(const Problem& problem, int64_t begin, int64_t end) {
+  switch (varying_lanes(problem.sizes[problem.ndim - 1])) {
+    case 64:
+      return scan_varying_blocks<64>(problem, begin, end);
+    case 32:
+      return scan_varying_blocks<32>(problem, begin, end);
+    default:
+      return scan_varying_blocks<16>(problem, begin, end);
   }
 }
 
