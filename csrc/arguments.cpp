@@ -204,7 +204,7 @@ Problem& ProblemBuilder::finish() {
 
 bool varies(const Tensor& coefficient, const Tensor& x, int64_t dim) {
   const int64_t axis = dim - (x.dim() - coefficient.dim());
-  return axis >= 0 && coefficient.size(axis) > 1;
+  return axis >= 0 && coefficient.size(axis) != 1;
 }
 
 Sum sum_of(const Tensor& terms, const Tensor& result) {

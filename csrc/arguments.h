@@ -69,7 +69,7 @@ class ProblemBuilder {
   bool reverse_;
 };
 
-// Whether a coefficient that broadcasts to x's shape has a time axis, of more than one sample.
+// Whether a coefficient that broadcasts to x's shape has a time axis of its own.
 bool varies(const Tensor& coefficient, const Tensor& x, int64_t dim);
 
 // The sum of `terms` into `result`, whose shape broadcasts to theirs.

@@ -451,9 +451,9 @@ def start_gradient(ratio: Tensor, adjoint: Tensor, dim: int, reverse: bool) -> T
 
 
 def varies(coefficient: Tensor, x: Tensor, dim: int) -> bool:
-    """Whether a coefficient that broadcasts to x has more than one sample in time."""
+    """Whether a coefficient that broadcasts to x has a time axis of its own."""
     axis = dim - x.dim()
-    return coefficient.dim() >= -axis and coefficient.shape[axis] > 1
+    return coefficient.dim() >= -axis and coefficient.shape[axis] != 1
 
 
 def refuse_nested_forward(what: str) -> None:

@@ -59,11 +59,11 @@ a sum once, and one product and one sum more where the past comes in: 6 u64. At 
 meets a rounded 1 - alpha, a product and a sum, and once more a product where maps are composed: 4
 u64. For float64 the error so grows with the memory, as the loop's does; for the others it never
 shows. A linear recurrence is the same with |a| for c and |b| for alpha |x|. A product of float64
-coefficients may underflow, up to 128 samples long: a smallest float64 subnormal times the y before.
+coefficients, over at most a chunk, may underflow: a smallest float64 subnormal times the y before.
 
-Its gradient to a coefficient is lambda[n] times r[n] = x[n] - y[n-1], or y[n-1], with the y that was
-returned: its error and its rounding to the dtype of y enter times Lambda[n]. Each term is rounded to
-the accumulate dtype; terms that share a coefficient are then summed in float64.
+Its gradient to a coefficient is lambda[n] times r[n] = x[n] - y[n-1], or y[n-1], with the y that
+was returned: its error and its rounding to the dtype of y enter times Lambda[n]. Each term is
+rounded to the accumulate dtype; terms that share a coefficient are then summed in float64.
 
 **Stored result.** One more rounding, to the result's dtype: its unit roundoff times |result|.
 Underflow costs a smallest subnormal per rounding.
@@ -379,9 +379,9 @@ def _kernel_terms(
 def _shared_terms(
     factor: Array, y_error: Array, carried: Array, carried_error: Array, dtype: torch.dtype
 ) -> Array:
-    """By how much lambda[n] * factor[n] may be wrong, and a float64 sum of such, factor being made
-    of the y[n-1] that was returned."""
-    before_error = np.concatenate([y_error[:1] * 0 + unit(dtype) * np.abs(factor[:1]), y_error[:-1]])
+    """By how much lambda[n] * factor[n], made of the returned y[n-1], may be wrong in a sum."""
+    first = unit(dtype) * np.abs(factor[:1])
+    before_error = np.concatenate([first, y_error[:-1]])
     size = np.abs(factor) + before_error
     count = 2 * unit(dtype) + (factor.size + 2) * unit(torch.float64)
     return carried_error * size + carried * (before_error + count * size)
@@ -451,7 +451,9 @@ def _recurrence_forward(problem: Recurrence, dtype: torch.dtype) -> tuple[Array,
     with np.errstate(all="ignore"):
         drive = np.abs(problem.b)
         drive[:1] += np.abs(problem.a[:1] * problem.start)
-    return _aged(np.abs(problem.a), drive, VARYING, dtype)
+    # a constant is left to the kernels of tiles
+    constant = len(problem.a) == 1 or problem.a.strides[0] == 0
+    return _aged(np.abs(problem.a), drive, KERNEL if constant else VARYING, dtype)
 
 
 def _range(x: Array) -> Array:
@@ -501,8 +503,12 @@ def _aged(
     wide, exact = unit(torch.float64), oracle.UNIT
     base = unit(dtype) * roundings.base + wide * roundings.base_wide + exact * ORACLE.base
     per_step = wide * roundings.per_step_wide + exact * ORACLE.per_step
-    tiny = longdouble(5e-324)
+    info = torch.finfo(torch.float64 if roundings is VARYING else dtype)
+    tiny = longdouble(info.smallest_normal) * info.eps * (roundings.base + roundings.base_wide)
     with np.errstate(all="ignore"):
+        per_step = per_step + wide * roundings.per_decay * np.abs(
+            np.log(np.where(ratio[1:] > 0, ratio[1:], 1))
+        )
         total = oracle.loop(ratio, drive)
         error = np.full_like(total, tiny)
         error[1:] += (per_step * ratio[1:] + tiny) * total[:-1]
