@@ -247,6 +247,37 @@ def test_the_same_bits_from_any_number_of_threads(shape: tuple[int, ...], dim: i
             assert all(map(torch.equal, found[0], others))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_long_rows_are_cut(threads: int) -> None:
+    """Catches a segment that starts from the wrong y, at either side of a cut."""
+    length = 2 * 65536 + 300
+    x = 5 + signal(length, dtype=torch.float32)
+    alpha = weights(length, dtype=torch.float32) * 1e-3
+    torch.set_num_threads(threads)
+    check_gradients(x, alpha, initial_state=torch.tensor(2.0))
+    torch.set_num_threads(2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_cut_rows_that_are_not_finite(value: float) -> None:
+    """Catches a segment's product of coefficients that meets an infinity, or has become one."""
+    length = 3 * 65536
+    for where in (7, 65535, 65536, 100_000, length - 1):
+        for weight in (1e-3, 3e30):  # the latter meets zeros only, and overflows with them
+            x = signal(length, dtype=torch.float32) if weight < 1 else torch.zeros(length)
+            alpha = torch.full((length,), weight)
+            alpha[90_000:] = 1e-3
+            x[where] = value
+            found = []
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                found.append(ema(x, alpha))
+            torch.set_num_threads(2)
+            assert torch.equal(*(y.view(torch.int32) for y in found))
+            assert bool(found[0][:where].isfinite().all())
+            assert not bool(found[0][where:].isfinite().any())
+
+
 def test_nothing_broadcast_is_copied() -> None:
     """Catches alpha or x expanded in memory: an expanded x has strides of 0."""
     x = signal(1, 500).expand(64, 500)

@@ -7,6 +7,7 @@
 // and add. After Hillis and Steele (1986) and Blelloch (1990).
 #pragma once
 
+#include "cpu/affine.h"
 #include "cpu/row.h"
 
 namespace ema_ext::cpu::EMA_EXT_LEVEL {
@@ -34,15 +35,25 @@ EMA_EXT_INLINE void transpose(Vector<double, kN>* rows) {
 template <int kMost>  // samples at a time
 class PairScan {
  public:
-  // From y[-1] = carry; returns the last y. count <= kMost.
-  static double run(const double* a, const double* b, int64_t count, double carry, double* y) {
-    if (!finite(carry)) return one_by_one(a, b, count, carry, y);
+  // From y[-1] = carry; returns the last y. count <= kMost. `so_far` is the map of what came before
+  // and becomes that of all, but for a last part shorter than kN^2; NaN if it cannot be known.
+  static double run(const double* a, const double* b, int64_t count, double carry, double* y,
+                    Affine& so_far) {
+    if (!finite(carry)) {
+      so_far.ratio = __builtin_nan("");
+      return one_by_one(a, b, count, carry, y);
+    }
     const int64_t whole = count - count % (kN * kN);
-    double last = whole > 0 ? stretches(a, b, whole / kN, carry, y) : carry;
+    double last = whole > 0 ? stretches<true>(a, b, whole / kN, carry, y, so_far) : carry;
     last = one_by_one(a + whole, b + whole, count - whole, last, y + whole);
     // What is not finite stays so, whatever the coefficients. But a product of coefficients may
     // overflow, and meet a zero, where the loop does not.
     return finite(last) ? last : one_by_one(a, b, count, carry, y);
+  }
+
+  // The map alone, for whole chunks: count is a multiple of kN^2.
+  static void compose(const double* a, const double* b, int64_t count, Affine& so_far) {
+    stretches<false>(a, b, count / kN, 0, nullptr, so_far);
   }
 
  private:
@@ -55,8 +66,9 @@ class PairScan {
   }
 
   // kN stretches of `length` samples each, a multiple of kN.
-  static double stretches(const double* a, const double* b, int64_t length, double carry,
-                          double* y) {
+  template <bool kWrite>
+  static double stretches(const double* a, const double* b, int64_t length, double carry, double* y,
+                          Affine& so_far) {
     alignas(64) double ratios[kMost], drives[kMost];  // the maps, sample by sample of all lanes
     D ratio = D{} + 1.0, drive{};
     for (int64_t i = 0; i < length; i += kN) {
@@ -67,10 +79,15 @@ class PairScan {
       for (int k = 0; k < kN; ++k) {
         drive = p[k] * drive + q[k];
         ratio *= p[k];
-        store(ratios + (i + k) * kN, ratio);
-        store(drives + (i + k) * kN, drive);
+        if (kWrite) store(ratios + (i + k) * kN, ratio);
+        if (kWrite) store(drives + (i + k) * kN, drive);
       }
     }
+    for (int lane = 0; lane < kN; ++lane) {
+      so_far.ratio *= ratio[lane];
+      so_far.drive = ratio[lane] * so_far.drive + drive[lane];
+    }
+    if (!kWrite) return 0;
     D before{};
     for (int lane = 0; lane < kN; ++lane) {
       before[lane] = carry;

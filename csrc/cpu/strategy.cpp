@@ -48,16 +48,20 @@ Plan make_plan(Problem& problem, int threads) {
     return {varying ? Strategy::kVaryingLanes : Strategy::kLanes, blocks,
             problem.length * std::min<int64_t>(width, lanes)};
   }
-  if (varying) return {Strategy::kVaryingRows, problem.rows, problem.length};
+  const int64_t count = segments(problem);
+  const bool cut = count > 1 && threads > 1 && problem.rows < 4 * threads;
+  if (varying) {
+    if (cut && problem.varying)
+      return {Strategy::kVaryingCut, problem.rows * count, kSegmentSamples};
+    return {Strategy::kVaryingRows, problem.rows, problem.length};
+  }
   // Rows of one coefficient follow one another, so that its powers are computed once.
   if (problem.coefficient.data != nullptr) {
     int front = 0;
     for (int d = 0; d < problem.ndim; ++d)
       if (problem.coefficient.row_strides[d] != 0) move_axis(problem, d, front++);
   }
-  const int64_t count = segments(problem);
-  if (count > 1 && threads > 1 && problem.rows < 4 * threads)
-    return {Strategy::kCut, problem.rows * count, kSegmentSamples};
+  if (cut) return {Strategy::kCut, problem.rows * count, kSegmentSamples};
   return {Strategy::kRows, problem.rows, problem.length};
 }
 

@@ -13,6 +13,7 @@ enum class Strategy : int8_t {
   kCut,           // few long rows, their segments on several threads: cut.h
   kVaryingRows,   // a coefficient per sample, or an adjoint that needs y: varying.h; row by row
   kVaryingLanes,  // the same, rows side by side
+  kVaryingCut,    // the same, few long rows, their segments on several threads
 };
 
 struct Plan {

@@ -19,6 +19,10 @@ inline __attribute__((always_inline)) int64_t segments(const Problem& problem) {
   return (problem.length + kSegmentSamples - 1) / kSegmentSamples;
 }
 
+inline __attribute__((always_inline)) int64_t segment_length(const Problem& problem) {
+  return segments(problem) > 1 ? kSegmentSamples : problem.length;
+}
+
 // Rows shorter than this walk side by side, sample by sample: a tile has a fixed cost.
 constexpr int64_t kShortRow = 32;
 
@@ -29,6 +33,7 @@ constexpr int64_t kChunkSamples = 1024;
 // Samples, of one row or of many side by side, that pass through each of the float64 buffers of
 // varying.h: five of them fit into L1.
 constexpr int64_t kVaryingChunk = 256;
+static_assert(kSegmentSamples % kVaryingChunk == 0);
 
 // Rows side by side that pass through them together: whole cache lines, several of them, for the
 // sake of the memory; fewer where there are no more, for every lane costs the same.

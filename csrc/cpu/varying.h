@@ -112,20 +112,43 @@ class VaryingRows {
   }
 
   void scan() {
-    const bool adjoint = is_adjoint(problem_.op);
     for_rows([&](int64_t w, const RowOffsets& at) {
       // The adjoint starts from the gradient of the state, an average without a start from x[0].
       state_[w] = problem_.start.data != nullptr ? rounded_state(problem_.start, at.start) : 0;
     });
-    for (int64_t n = 0; n < problem_.length; n += kSteps) {
-      const int64_t steps = problem_.length - n < kSteps ? problem_.length - n : kSteps;
-      adjoint ? backward(n, steps) : forward(n, steps);
+    const int64_t length = W == 1 && problem_.varying ? segment_length(problem_) : problem_.length;
+    for (int64_t n = 0; n < problem_.length; n += length) {
+      const double start = state_[0];
+      map_ = {};
+      walk(n, n + length);
+      // As where threads share the segments.
+      if (n + length < problem_.length && finite(map_.ratio) && finite(map_.drive))
+        state_[0] = follow(map_, start);
     }
-    for_rows([&](int64_t w, const RowOffsets& at) {
-      write(problem_.state, at.state, state_[w]);
-      if (!problem_.varying) write(problem_.grad_coefficient, at.grad_coefficient, sum_[w]);
-    });
+    finish();
   }
+
+  // Of one row that is cut: the y before the first segment,
+  double start() const {
+    return problem_.start.data != nullptr ? rounded_state(problem_.start, at_.start) : 0;
+  }
+  // what the segment from sample `begin` on does to the y before it (not the last segment),
+  Affine map_of_segment(int64_t begin) {
+    Affine map;
+    for (int64_t n = begin; n < begin + segment_length(problem_); n += kSteps) {
+      prepare(n, kSteps);
+      PairScan<kVaryingChunk>::compose(ratio_, drive_, kSteps, map);
+    }
+    return map;
+  }
+  // and its scan from that y.
+  void scan_segment(int64_t begin, double before) {
+    state_[0] = before;
+    walk(begin, begin + segment_length(problem_));
+    if (begin + segment_length(problem_) >= problem_.length) finish();
+  }
+
+  static double follow(const Affine& map, double y) { return map.ratio * y + map.drive; }
 
  private:
   static constexpr int kN = kLanes<double>;
@@ -133,8 +156,27 @@ class VaryingRows {
   static constexpr int64_t kSteps = kVaryingChunk / W;
   static constexpr int64_t kSize = kSteps * W;
 
-  // Samples [n, n + steps).
-  void forward(int64_t n, int64_t steps) {
+  // Samples [begin, end), or those that there are.
+  void walk(int64_t begin, int64_t end) {
+    if (end > problem_.length) end = problem_.length;
+    for (int64_t n = begin; n < end; n += kSteps) {
+      const int64_t steps = end - n < kSteps ? end - n : kSteps;
+      prepare(n, steps);
+      advance(steps);
+      is_adjoint(problem_.op) ? put_adjoint(n, steps) : put_forward(n, steps);
+    }
+  }
+
+  void finish() {
+    for_rows([&](int64_t w, const RowOffsets& at) {
+      write(problem_.state, at.state, state_[w]);
+      if (!problem_.varying) write(problem_.grad_coefficient, at.grad_coefficient, sum_[w]);
+    });
+  }
+
+  // The ratios and drives of samples [n, n + steps).
+  void prepare(int64_t n, int64_t steps) {
+    if (is_adjoint(problem_.op)) return prepare_adjoint(n, steps);
     fetch(problem_.coefficient, at_.coefficient, n, steps, ratio_);
     fetch(problem_.x, at_.x, n, steps, drive_);
     if (problem_.op == Op::kEma) {
@@ -150,33 +192,36 @@ class VaryingRows {
         for (int64_t w = 0; w < W; ++w) ratio_[w] = 0;
       }
     }
-    advance(steps);
+  }
+
+  void put_forward(int64_t n, int64_t steps) const {
     put(y_, problem_.y, at_.y, n, steps);
     if (n == 0 && problem_.op == Op::kEma && problem_.start.data == nullptr) copy_first();
   }
 
   // Here time runs against the forward's: the y before a sample is the next one's.
-  void backward(int64_t n, int64_t steps) {
-    const bool average = problem_.op == Op::kEmaBackward, last = n + steps == problem_.length;
+  void prepare_adjoint(int64_t n, int64_t steps) {
+    const bool average = problem_.op == Op::kEmaBackward;
     double* const own = ratio_ + W;  // each sample's coefficient; that of the one before it: ratio_
     if (n == 0)
       fetch(problem_.coefficient, at_.coefficient, 0, steps, own);
     else
       fetch(problem_.coefficient, at_.coefficient, n - 1, steps + 1, ratio_);
     fetch(problem_.x, at_.x, n, steps, drive_);
-    double end_ratio[W];  // from the last sample to the initial state
     for (int64_t w = 0; w < W; ++w) {
       const double coefficient = own[(steps - 1) * W + w];
-      end_ratio[w] = average ? 1 - coefficient : coefficient;
+      end_ratio_[w] = average ? 1 - coefficient : coefficient;
     }
-    const bool wants_coefficient = problem_.grad_coefficient.data != nullptr;
     if (average) std::memcpy(own_, own, steps * W * sizeof(double));
     if (average)
       for_vectors(steps * W, [&](int64_t i) { store(ratio_ + i, 1 - load<D>(ratio_ + i)); });
     if (n == 0)
       for (int64_t w = 0; w < W; ++w) ratio_[w] = 1;
-    advance(steps);
-    if (wants_coefficient) to_coefficient(n, steps, last);
+  }
+
+  void put_adjoint(int64_t n, int64_t steps) {
+    const bool average = problem_.op == Op::kEmaBackward, last = n + steps == problem_.length;
+    if (problem_.grad_coefficient.data != nullptr) to_coefficient(n, steps, last);
     if (average) {
       for_vectors(steps * W,
                   [&](int64_t i) { store(own_ + i, load<D>(own_ + i) * load<D>(y_ + i)); });
@@ -185,7 +230,7 @@ class VaryingRows {
     }
     put(average ? own_ : y_, problem_.y, at_.y, n, steps);
     if (last)
-      for (int64_t w = 0; w < W; ++w) state_[w] *= end_ratio[w];
+      for (int64_t w = 0; w < W; ++w) state_[w] *= end_ratio_[w];
   }
 
   // The gradient to each sample's coefficient, or their sum where it is constant.
@@ -224,7 +269,7 @@ class VaryingRows {
 
   void advance(int64_t steps) {
     if constexpr (W == 1) {
-      state_[0] = PairScan<kVaryingChunk>::run(ratio_, drive_, steps, state_[0], y_);
+      state_[0] = PairScan<kVaryingChunk>::run(ratio_, drive_, steps, state_[0], y_, map_);
     } else {
       D state[W / kN];
       std::memcpy(state, state_, sizeof state);
@@ -286,6 +331,8 @@ class VaryingRows {
   const int64_t rows_;
   alignas(64) double state_[W] = {};
   double sum_[W] = {};
+  double end_ratio_[W];  // from the last sample to the initial state
+  Affine map_;           // of the segment so far
   // Lanes without a row are finite, and mean nothing.
   alignas(64) double ratio_[kSize + W];
   alignas(64) double drive_[kSize];
@@ -297,6 +344,60 @@ class VaryingRows {
 inline void scan_varying_rows(const Problem& problem, int64_t begin, int64_t end) {
   RowCursor cursor(problem, begin);
   for (; begin < end; ++begin, cursor.advance()) VaryingRows<1>(problem, cursor.at(), 1).scan();
+}
+
+// Few long rows on several threads: the segments of all rows as items of their own. These four in
+// turn give bit for bit what scan_varying_rows gives.
+template <class Visit>
+EMA_EXT_INLINE void for_varying_items(const Problem& problem, int64_t begin, int64_t end,
+                                      Visit visit) {
+  const int64_t count = segments(problem);
+  for (int64_t item = begin; item < end; ++item) {
+    const RowCursor cursor(problem, item / count);
+    VaryingRows<1> row(problem, cursor.at(), 1);
+    visit(row, item, item % count);
+  }
+}
+
+inline void find_maps(const Problem& problem, int64_t begin, int64_t end, Affine* maps) {
+  for_varying_items(problem, begin, end, [&](VaryingRows<1>& row, int64_t item, int64_t index) {
+    if (index + 1 < segments(problem))  // nothing follows the last
+      maps[item] = row.map_of_segment(index * segment_length(problem));
+  });
+}
+
+// The y before each segment; NaN in the first for a row that must be scanned from end to end.
+inline void fold_maps(const Problem& problem, int64_t begin, int64_t end, const Affine* maps,
+                      double* before) {
+  const int64_t count = segments(problem);
+  for (int64_t row = begin; row < end; ++row) {
+    const RowCursor cursor(problem, row);
+    double y = VaryingRows<1>(problem, cursor.at(), 1).start();
+    double* const to = before + row * count;
+    bool known = finite(y);
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = y;
+      if (i + 1 == count) break;
+      const Affine& map = maps[row * count + i];
+      y = VaryingRows<1>::follow(map, y);
+      known = known && finite(map.ratio) && finite(map.drive) && finite(y);
+    }
+    if (!known) to[0] = __builtin_nan("");
+  }
+}
+
+inline void scan_varying_segments(const Problem& problem, int64_t begin, int64_t end,
+                                  const double* before) {
+  for_varying_items(problem, begin, end, [&](VaryingRows<1>& row, int64_t item, int64_t index) {
+    if (finite(before[item - index]))
+      row.scan_segment(index * segment_length(problem), before[item]);
+  });
+}
+
+inline void finish_varying_rows(const Problem& problem, int64_t begin, int64_t end,
+                                const double* before) {
+  for (; begin < end; ++begin)
+    if (!finite(before[begin * segments(problem)])) scan_varying_rows(problem, begin, begin + 1);
 }
 
 template <int W>
