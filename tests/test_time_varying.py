@@ -230,7 +230,7 @@ def test_compiled() -> None:
     assert graphs.frame_count == 1
 
 
-@pytest.mark.parametrize(("shape", "dim"), [((40, 3000), 1), ((3, 3000, 40), 1), ((1, 300_000), 1)])
+@pytest.mark.parametrize(("shape", "dim"), [((40, 3000), 1), ((3, 3000, 40), 1), ((1, 800_000), 1)])
 def test_the_same_bits_from_any_number_of_threads(shape: tuple[int, ...], dim: int) -> None:
     """Catches a result or a sum over rows whose order depends on the threads."""
     x = signal(*shape, dtype=torch.float32)
@@ -247,21 +247,18 @@ def test_the_same_bits_from_any_number_of_threads(shape: tuple[int, ...], dim: i
             assert all(map(torch.equal, found[0], others))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_long_rows_are_cut(threads: int) -> None:
+def test_long_rows_are_cut() -> None:
     """Catches a segment that starts from the wrong y, at either side of a cut."""
     length = 2 * 65536 + 300
     x = 5 + signal(length, dtype=torch.float32)
     alpha = weights(length, dtype=torch.float32) * 1e-3
-    torch.set_num_threads(threads)
     check_gradients(x, alpha, initial_state=torch.tensor(2.0))
-    torch.set_num_threads(2)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_cut_rows_that_are_not_finite(value: float) -> None:
     """Catches a segment's product of coefficients that meets an infinity, or has become one."""
-    length = 3 * 65536
+    length = 8 * 65536
     for where in (7, 65535, 65536, 100_000, length - 1):
         for weight in (1e-3, 3e30):  # the latter meets zeros only, and overflows with them
             x = signal(length, dtype=torch.float32) if weight < 1 else torch.zeros(length)

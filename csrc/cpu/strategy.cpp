@@ -51,7 +51,7 @@ Plan make_plan(Problem& problem, int threads) {
   const int64_t count = segments(problem);
   const bool cut = count > 1 && threads > 1 && problem.rows < 4 * threads;
   if (varying) {
-    if (cut && problem.varying)
+    if (cut && problem.varying && problem.rows * count >= kVaryingCutItems * threads)
       return {Strategy::kVaryingCut, problem.rows * count, kSegmentSamples};
     return {Strategy::kVaryingRows, problem.rows, problem.length};
   }

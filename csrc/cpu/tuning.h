@@ -35,6 +35,10 @@ constexpr int64_t kChunkSamples = 1024;
 constexpr int64_t kVaryingChunk = 256;
 static_assert(kSegmentSamples % kVaryingChunk == 0);
 
+// Segments per thread from which threads share them: finding what a segment does to the y before it
+// takes half as long as its scan, which two threads have to win back first.
+constexpr int64_t kVaryingCutItems = 4;
+
 // Rows side by side that pass through them together: whole cache lines, several of them, for the
 // sake of the memory; fewer where there are no more, for every lane costs the same.
 inline __attribute__((always_inline)) int64_t varying_lanes(int64_t width) {
