@@ -46,21 +46,27 @@ void check_memory(const char* name, const Tensor& tensor) {
 
 }  // namespace
 
-void check_samples(const Tensor& x, int64_t dim) {
-  STD_TORCH_CHECK(is_supported(x.scalar_type()), "x must be float32, float64, float16 or bfloat16");
-  STD_TORCH_CHECK(x.layout() == torch::headeronly::Layout::Strided, "x must be a strided tensor");
-  STD_TORCH_CHECK(x.dim() <= kMaxDims, "x has ", x.dim(), " dimensions, more than ", kMaxDims);
-  STD_TORCH_CHECK(dim >= 0 && dim < x.dim(), "dim must lie in [0, ", x.dim(), "), and is ", dim);
-  check_memory("x", x);
-}
-
-void check_companion(const char* name, const Tensor& tensor, const Tensor& x) {
+void check_tensor(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(is_supported(tensor.scalar_type()), name,
                   " must be float32, float64, float16 or bfloat16");
   STD_TORCH_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, name,
                   " must be a strided tensor");
+  STD_TORCH_CHECK(tensor.dim() <= kMaxDims, name, " has ", tensor.dim(), " dimensions, more than ",
+                  kMaxDims);
+}
+
+void check_samples(const Tensor& x, int64_t dim) {
+  check_tensor("x", x);
+  STD_TORCH_CHECK(dim >= 0 && dim < x.dim(), "dim must lie in [0, ", x.dim(), "), and is ", dim);
+}
+
+void check_companion(const char* name, const Tensor& tensor, const Tensor& x) {
+  check_tensor(name, tensor);
   STD_TORCH_CHECK(tensor.device() == x.device(), name, " must be on x's device");
-  check_memory(name, tensor);
+}
+
+void check_optional(const char* name, const std::optional<Tensor>& tensor, const Tensor& x) {
+  if (tensor.has_value()) check_companion(name, *tensor, x);
 }
 
 void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
@@ -100,8 +106,19 @@ Tensor empty_state(const Tensor& x, int64_t dim) {
   return empty_without_dim(x, dim, wide ? ScalarType::Double : ScalarType::Float);
 }
 
-Tensor empty_rows(const Tensor& x, int64_t dim) {
-  return empty_without_dim(x, dim, ScalarType::Double);
+Tensor empty_terms(const Tensor& x, const Tensor& coefficient, int64_t dim) {
+  if (!varies(coefficient, x, dim))
+    return torch::stable::unsqueeze(empty_without_dim(x, dim, ScalarType::Double), dim);
+  ScalarType dtype = coefficient.scalar_type();
+  if (!same_shape(coefficient, x) && dtype != ScalarType::Double) dtype = ScalarType::Float;
+  return torch::stable::new_empty(x, x.sizes(), dtype);
+}
+
+bool same_shape(const Tensor& one, const Tensor& other) {
+  if (one.dim() != other.dim()) return false;
+  for (int64_t d = 0; d < one.dim(); ++d)
+    if (one.size(d) != other.size(d)) return false;
+  return true;
 }
 
 ProblemBuilder::ProblemBuilder(Op op, const Tensor& x, int64_t dim, bool reverse)
@@ -126,7 +143,9 @@ void ProblemBuilder::add_strides(Operand& operand, const Tensor& tensor, int64_t
     const int64_t size = axis < missing ? 1 : tensor.size(axis - missing);
     const int64_t stride = size == 1 ? 0 : tensor.stride(axis - missing);
     if (is_time) {
-      STD_TORCH_CHECK(size == 1, name, " must be constant in time, and has ", size, " samples");
+      STD_TORCH_CHECK(size == 1 || size == problem.length, name, " has ", size,
+                      " samples in place of ", problem.length);
+      operand.time_stride = stride;
     } else {
       const int64_t full = problem.sizes[row_axis];
       STD_TORCH_CHECK(size == 1 || size == full, name, " of size ", size, " does not broadcast to ",
@@ -146,19 +165,30 @@ void ProblemBuilder::samples(Operand Problem::* operand, const Tensor& tensor) {
     else
       to.row_strides[row_axis++] = tensor.stride(d);
   }
-  if (reverse_ && problem.length > 0) {
-    to.data =
-        static_cast<char*>(to.data) + (problem.length - 1) * to.time_stride * bytes_of(to.dtype);
-    to.time_stride = -to.time_stride;
-  }
+  turn(to);
+}
+
+// Time backwards, if that is how the scan runs.
+void ProblemBuilder::turn(Operand& operand) const {
+  if (!reverse_ || problem.length == 0) return;
+  const int64_t last = (problem.length - 1) * operand.time_stride;
+  operand.data = static_cast<char*>(operand.data) + last * bytes_of(operand.dtype);
+  operand.time_stride = -operand.time_stride;
 }
 
 void ProblemBuilder::coefficient(const Tensor& tensor, const char* name) {
   add_strides(problem.coefficient, tensor, x_.dim(), /*has_time=*/true, name);
+  problem.varying = varies(tensor, x_, dim_);
+  turn(problem.coefficient);
 }
 
 void ProblemBuilder::per_row(Operand Problem::* operand, const Tensor& tensor, const char* name) {
   add_strides(problem.*operand, tensor, x_.dim() - 1, /*has_time=*/false, name);
+}
+
+void ProblemBuilder::grad_coefficient(const Tensor& terms) {
+  add_strides(problem.grad_coefficient, terms, x_.dim(), /*has_time=*/true, "grad_coefficient");
+  turn(problem.grad_coefficient);
 }
 
 Problem& ProblemBuilder::finish() {
@@ -176,6 +206,11 @@ Problem& ProblemBuilder::finish() {
   }
   problem.ndim = kept;
   return problem;
+}
+
+bool varies(const Tensor& coefficient, const Tensor& x, int64_t dim) {
+  const int64_t axis = dim - (x.dim() - coefficient.dim());
+  return axis >= 0 && coefficient.size(axis) != 1;
 }
 
 Sum sum_of(const Tensor& terms, const Tensor& result) {

@@ -2,7 +2,8 @@
 // ema_ext/functional.py document the arguments; csrc/cpu and csrc/cuda hold the implementations.
 //
 // `dim` counts from the front (0 <= dim < x.dim()). `reverse` in a backward is that of its forward.
-// Schemas with a Tensor alpha take what broadcasts to x's shape and is constant in time.
+// A Tensor alpha or a broadcasts to the shape of x or b. The gradients to it come back in its own
+// shape. `y` in a backward is what the forward returned.
 
 #include <torch/csrc/stable/library.h>
 
@@ -23,7 +24,21 @@ STABLE_TORCH_LIBRARY(ema_ext, m) {
       "ema_backward.Tensor(Tensor grad_y, Tensor? grad_state, Tensor x, Tensor alpha,"
       " Tensor? initial_state, int dim, bool reverse)"
       " -> (Tensor grad_x, Tensor grad_alpha, Tensor grad_initial_state)");
+  // For an alpha that varies in time; the one above for one that does not.
+  m.def(
+      "ema_backward.Varying(Tensor grad_y, Tensor? grad_state, Tensor x, Tensor alpha, Tensor y,"
+      " Tensor? initial_state, int dim, bool reverse)"
+      " -> (Tensor grad_x, Tensor grad_alpha, Tensor grad_initial_state)");
   m.def(
       "linear_recurrence(Tensor a, Tensor b, Tensor? initial_state, int dim, bool reverse)"
       " -> Tensor");
+  m.def(
+      "linear_recurrence_with_state(Tensor a, Tensor b, Tensor? initial_state, int dim,"
+      " bool reverse) -> (Tensor y, Tensor state)");
+  m.def(
+      "linear_recurrence_backward(Tensor grad_y, Tensor? grad_state, Tensor a, Tensor y,"
+      " Tensor? initial_state, int dim, bool reverse)"
+      " -> (Tensor grad_a, Tensor grad_b, Tensor grad_initial_state)");
+  // The terms summed in float64 to the shape of `like`, which broadcasts to theirs, in its dtype.
+  m.def("sum_to(Tensor terms, Tensor like) -> Tensor");
 }

@@ -38,7 +38,12 @@ enum class Op : int8_t {
   kLinearRecurrence,  // y[n] = coefficient * y[n-1] + x[n]
   kEmaBackward,       // the adjoint of kEma: lambda[n] = (1 - coefficient) * lambda[n-1] + x[n],
                       // y[n] = coefficient * lambda[n], run along reversed time
+  kLinearRecurrenceBackward,  // that of kLinearRecurrence, likewise: y[n] = lambda[n]
 };
+
+inline __attribute__((always_inline)) bool is_adjoint(Op op) {
+  return op == Op::kEmaBackward || op == Op::kLinearRecurrenceBackward;
+}
 
 struct Problem {
   // Only the first ndim entries of the arrays are ever looked at, or set here: the rest would cost
@@ -51,8 +56,8 @@ struct Problem {
 
   template <class F>
   void for_each_operand(const F& f) {
-    for (Operand* operand :
-         {&x, &y, &coefficient, &start, &state, &forward_x, &forward_start, &grad_coefficient})
+    for (Operand* operand : {&x, &y, &coefficient, &start, &state, &forward_x, &forward_y,
+                             &forward_start, &grad_coefficient})
       f(*operand);
   }
 
@@ -65,24 +70,30 @@ struct Problem {
   Operand x;
   Operand y;  // written, of x's dtype
 
-  // alpha of an EMA, a of a linear recurrence: one value per row, or `value` where it is absent.
+  // alpha of an EMA, a of a linear recurrence: one value per row, or `value` (of an EMA) where
+  // it is absent; if `varying`, one per sample. An adjoint takes lambda[n-1] with the coefficient
+  // of n - 1.
   Operand coefficient;
   double value = 0;
+  bool varying = false;
 
   // y[-1]. Absent: x[0] for kEma (so y[0] = x[0], copied bit by bit), 0 for kLinearRecurrence.
-  // For kEmaBackward: the gradient of the state, added to lambda at the scan's first sample.
+  // For adjoints: the gradient of the state, added to lambda at the scan's first sample.
   Operand start;
 
-  // Written if present, in the accumulate dtype: the y after the last sample; for kEmaBackward the
-  // gradient of the initial state, (1 - coefficient) * lambda at the scan's last sample.
+  // Written if present, in the accumulate dtype: the y after the last sample; for adjoints the
+  // gradient of the initial state: lambda at the scan's last sample times what y[-1] had been.
   Operand state;
 
-  // For kEmaBackward only. has_initial_state: whether the forward had one; without, y at the scan's
-  // last sample is lambda itself, since x[0] was the initial state as well.
+  // For adjoints only. has_initial_state, of kEmaBackward: whether the forward had one; without, y
+  // at the scan's last sample is lambda itself, since x[0] was the initial state as well.
   bool has_initial_state = false;
-  // The forward's input and initial state, in the scan's (reversed) order of time, and where the
-  // gradient to alpha goes: one float64 per row. All absent if that gradient is not wanted.
+  // The forward's input, output and initial state, in the scan's (reversed) order of time, and
+  // where the gradient to the coefficient goes: one float64 per row, or if `varying`, one of any
+  // dtype per sample. All absent if that gradient is not wanted. A constant alpha does without the
+  // output, a linear recurrence without the input.
   Operand forward_x;
+  Operand forward_y;
   Operand forward_start;
   Operand grad_coefficient;
 };

@@ -1,4 +1,4 @@
-"""The derivatives of ``ema``, to any order, all of them scans by the native operators.
+"""The derivatives of ``ema`` and ``linear_recurrence``, to any order, by the native operators.
 
 With c = 1 - alpha and the adjoint state lambda, which runs against the scan,
 
@@ -105,6 +105,12 @@ def function(rule: type[Rule]) -> Callable[..., Any]:
     return apply
 
 
+def save(ctx: Context, *tensors: Tensor | None) -> None:
+    """Keep tensors for backward and jvp: torch's vmap takes both for the same."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
 class FloatEMA(Rule):
     """ema with a Python float as alpha: linear in x and initial_state, hence nothing is saved.
 
@@ -170,8 +176,9 @@ class FloatAdjoint(Rule):
 
 
 class TensorEMA(Rule):
-    """ema with a tensor as alpha; keeps x only where alpha wants a derivative.
+    """ema with a tensor as alpha.
 
+    Keeps x, and y if alpha varies in time, only where alpha wants a derivative.
     Arguments: x, alpha, initial_state, dim, reverse, return_state.
     """
 
@@ -188,21 +195,24 @@ class TensorEMA(Rule):
         return op(x, alpha, initial_state, dim, reverse)
 
     @staticmethod
-    def remember(ctx: Context, arguments: tuple[Any, ...], _: Any) -> None:
+    def remember(ctx: Context, arguments: tuple[Any, ...], output: Any) -> None:
         x, alpha, initial_state, *ctx.problem = arguments
+        dim, _, return_state = ctx.problem
         kept = x if ctx.needs_input_grad[1] or transforms_active() else None
-        ctx.save_for_backward(kept, alpha, initial_state)
-        ctx.save_for_forward(kept, alpha, initial_state)
+        y = None
+        if kept is not None and varies(alpha, x, dim):
+            y = output[0] if return_state else output
+        save(ctx, kept, alpha, initial_state, y)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor, grad_state: Tensor | None = None) -> Any:
-        x, alpha, initial_state = ctx.saved_tensors
+        x, alpha, initial_state, y = ctx.saved_tensors
         dim, reverse, _ = ctx.problem
-        differentiable = torch.is_grad_enabled() and grad_y.shape[dim] > 0
-        gradients = composed_backward if differentiable else fused_backward
-        grad_x, grad_alpha, grad_initial_state = gradients(
-            grad_y, grad_state, x, alpha, initial_state, dim, reverse
-        )
+        if torch.is_grad_enabled() and grad_y.shape[dim] > 0:
+            gradients = composed_backward(grad_y, grad_state, x, alpha, initial_state, dim, reverse)
+        else:
+            gradients = fused_backward(grad_y, grad_state, x, y, alpha, initial_state, dim, reverse)
+        grad_x, grad_alpha, grad_initial_state = gradients
         return (
             grad_x,
             None if x is None else grad_alpha,
@@ -216,18 +226,14 @@ class TensorEMA(Rule):
     def jvp(
         ctx: Context, x_t: Tensor, alpha_t: Tensor | None, initial_state_t: Tensor | None, *_: None
     ) -> Any:
-        if eager_transforms.JVP_NESTING > 1:  # torch would drop the inner tangent's own tangent
-            raise RuntimeError(
-                "ema_ext: forward mode over forward mode with a tensor alpha is not supported; "
-                "use reverse mode for one of the two, for instance torch.func.hessian"
-            )
-        x, alpha, initial_state = ctx.saved_tensors
+        refuse_nested_forward("a tensor alpha")
+        x, alpha, initial_state, _ = ctx.saved_tensors
         dim, reverse, return_state = ctx.problem
         result = tensor_ema(x_t, alpha, initial_state_t, *ctx.problem)
         if alpha_t is None or x.shape[dim] == 0:
             return result
         drive = (alpha_t * step(x, alpha, initial_state, dim, reverse)).to(accumulate_dtype(x))
-        through_alpha = linear_recurrence(1 - alpha.double(), drive, dim, reverse)
+        through_alpha = linear_recurrence(1 - alpha.double(), drive, None, dim, reverse, False)
         y_t, state_t = result if return_state else (result, None)
         y_t = y_t + through_alpha.to(x.dtype)
         if not return_state:
@@ -236,52 +242,144 @@ class TensorEMA(Rule):
 
 
 class LinearRecurrence(Rule):
-    """y[n] = a * y[n-1] + b[n] from y[-1] = 0, a constant in time; y has the dtype of b.
+    """y[n] = a[n] * y[n-1] + b[n] from initial_state or 0; b has the whole shape and y its dtype.
 
-    Its derivatives are made of itself and of elementwise products, hence there are all orders.
-    Arguments: a, b, dim, reverse.
+    Keeps y, which is there anyway, where a wants a derivative.
+    Arguments: a, b, initial_state, dim, reverse, return_state.
     """
 
     @staticmethod
-    def compute(a: Tensor, b: Tensor, dim: int, reverse: bool) -> Tensor:
-        return _ops.linear_recurrence(a, b, None, dim, reverse)
+    def compute(
+        a: Tensor,
+        b: Tensor,
+        initial_state: Tensor | None,
+        dim: int,
+        reverse: bool,
+        return_state: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        op = _ops.linear_recurrence_with_state if return_state else _ops.linear_recurrence
+        return op(a, b, initial_state, dim, reverse)
 
     @staticmethod
     def remember(ctx: Context, arguments: tuple[Any, ...], output: Any) -> None:
-        a, _, *ctx.direction = arguments
-        ctx.save_for_backward(a, output)
-        ctx.save_for_forward(a, output)
+        a, _, initial_state, *ctx.problem = arguments
+        kept = None
+        if ctx.needs_input_grad[0] or transforms_active():
+            kept = output[0] if ctx.problem[2] else output
+        save(ctx, a, kept, initial_state)
 
     @staticmethod
-    def backward(ctx: Context, grad_y: Tensor) -> Any:
-        a, y = ctx.saved_tensors
-        dim, reverse = ctx.direction
-        grad_b = linear_recurrence(a, grad_y, dim, not reverse)
-        grad_a = None
-        if ctx.needs_input_grad[0]:
-            products = grad_b * previous(y, None, dim, reverse)
-            grad_a = products.sum_to_size(a.shape).to(a.dtype)
-        return grad_a, grad_b, None, None
+    def backward(ctx: Context, grad_y: Tensor, grad_state: Tensor | None = None) -> Any:
+        a, y, initial_state = ctx.saved_tensors
+        dim, reverse, _ = ctx.problem
+        if torch.is_grad_enabled() and grad_y.shape[dim] > 0:
+            gradients = composed_recurrence_backward(
+                grad_y, grad_state, a, y, initial_state, dim, reverse
+            )
+        else:
+            # y is read for a's gradient alone: where nobody wants that, any of its shape will do
+            gradients = _ops.linear_recurrence_backward(
+                grad_y, grad_state, a, grad_y if y is None else y, initial_state, dim, reverse
+            )
+        grad_a, grad_b, grad_initial_state = gradients
+        return (
+            None if y is None else grad_a,
+            grad_b,
+            None if initial_state is None else grad_initial_state,
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
-    def jvp(ctx: Context, a_t: Tensor, b_t: Tensor, *_: None) -> Any:
-        a, y = ctx.saved_tensors
-        drive = b_t + (a_t * previous(y, None, *ctx.direction)).to(b_t.dtype)
-        return linear_recurrence(a, drive, *ctx.direction)
+    def jvp(
+        ctx: Context,
+        a_t: Tensor | None,
+        b_t: Tensor | None,
+        initial_state_t: Tensor | None,
+        *_: None,
+    ) -> Any:
+        a, y, initial_state = ctx.saved_tensors
+        dim, reverse, _ = ctx.problem
+        drive = torch.zeros_like(y) if b_t is None else b_t
+        if a_t is not None and y.shape[dim] > 0:
+            refuse_nested_forward("a tensor a")
+            through_a = a_t * previous(y, initial_state, dim, reverse)
+            drive = drive + through_a.to(y.dtype)
+        return linear_recurrence(a, drive, initial_state_t, *ctx.problem)
+
+
+class Expand(Rule):
+    """A tensor in another dtype, expanded to a shape; backward sums in a fixed order.
+
+    Arguments: value, dtype, *shape.
+    """
+
+    @staticmethod
+    def compute(value: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+        return value.to(dtype).expand(shape)
+
+    @staticmethod
+    def remember(ctx: Context, arguments: tuple[Any, ...], _: Any) -> None:
+        value, *ctx.target = arguments
+        save(ctx, value)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> Any:
+        (value,) = ctx.saved_tensors
+        transposed = sum_to if torch.is_grad_enabled() else _ops.sum_to
+        return (transposed(grad, value.detach()), *(None for _ in ctx.target))
+
+    @staticmethod
+    def jvp(ctx: Context, value_t: Tensor, *_: None) -> Any:
+        return expand(value_t, *ctx.target)
+
+
+class SumTo(Rule):
+    """Terms summed to the shape and dtype of another tensor: the transpose of Expand.
+
+    Arguments: terms, like.
+    """
+
+    @staticmethod
+    def compute(terms: Tensor, like: Tensor) -> Tensor:
+        return _ops.sum_to(terms, like)
+
+    @staticmethod
+    def remember(ctx: Context, arguments: tuple[Any, ...], _: Any) -> None:
+        terms, like = arguments
+        ctx.target = terms.dtype, *terms.shape
+        save(ctx, like)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> Any:
+        return expand(grad, *ctx.target), None
+
+    @staticmethod
+    def jvp(ctx: Context, terms_t: Tensor, _: Any) -> Any:
+        (like,) = ctx.saved_tensors
+        return sum_to(terms_t, like)
 
 
 def fused_backward(
     grad_y: Tensor,
     grad_state: Tensor | None,
     x: Tensor | None,
+    y: Tensor | None,
     alpha: Tensor,
     initial_state: Tensor | None,
     dim: int,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All gradients of TensorEMA in one pass; that of alpha means nothing where x is None."""
-    # x is read for alpha's gradient alone: where nobody wants that, any tensor of its shape will do
+    # x and y are read for alpha's gradient alone: where nobody wants that, any tensor of their
+    # shape will do
     x = grad_y if x is None else x
+    if varies(alpha, grad_y, dim):
+        y = grad_y if y is None else y
+        return _ops.ema_backward_varying(
+            grad_y, grad_state, x, alpha, y, initial_state, dim, reverse
+        )
     return _ops.ema_backward_tensor(grad_y, grad_state, x, alpha, initial_state, dim, reverse)
 
 
@@ -296,23 +394,75 @@ def composed_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of TensorEMA out of differentiable parts; the length is at least 1."""
     dtype = accumulate_dtype(grad_y)
-    first, last = ends(grad_y.shape[dim], reverse)
-    g = grad_y.to(dtype)
-    if grad_state is not None:
-        g = g.select_scatter(g.select(dim, last) + grad_state, dim, last)
+    first, _ = ends(grad_y.shape[dim], reverse)
     c = 1 - alpha.double()  # in half precision 1 - 0.001 would be 1
-    adjoint = linear_recurrence(c, g, dim, not reverse)
+    adjoint = differentiable_adjoint(grad_y, grad_state, c, dim, reverse)
 
     grad_x = alpha.to(dtype) * adjoint
     grad_alpha = grad_initial_state = None
     if initial_state is None:
         grad_x = grad_x.select_scatter(adjoint.select(dim, first), dim, first)
     else:
-        grad_initial_state = (c.to(dtype) * adjoint.narrow(dim, first, 1)).squeeze(dim)
+        grad_initial_state = start_gradient(c.to(dtype), adjoint, dim, reverse)
     if x is not None:
-        products = adjoint * step(x, alpha, initial_state, dim, reverse)
-        grad_alpha = products.sum_to_size(alpha.shape).to(alpha.dtype)
+        grad_alpha = sum_to(adjoint * step(x, alpha, initial_state, dim, reverse), alpha.detach())
     return grad_x.to(grad_y.dtype), grad_alpha, grad_initial_state
+
+
+def composed_recurrence_backward(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    a: Tensor,
+    y: Tensor | None,
+    initial_state: Tensor | None,
+    dim: int,
+    reverse: bool,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """The gradients of LinearRecurrence, likewise."""
+    adjoint = differentiable_adjoint(grad_y, grad_state, a, dim, reverse)
+    grad_a = grad_initial_state = None
+    if initial_state is not None:
+        grad_initial_state = start_gradient(a.to(adjoint.dtype), adjoint, dim, reverse)
+    if y is not None:
+        grad_a = sum_to(adjoint * previous(y, initial_state, dim, reverse), a.detach())
+    return grad_a, adjoint.to(grad_y.dtype), grad_initial_state
+
+
+def differentiable_adjoint(
+    grad_y: Tensor, grad_state: Tensor | None, ratio: Tensor, dim: int, reverse: bool
+) -> Tensor:
+    """lambda[n] = g[n] + ratio[n+1] * lambda[n+1] in the accumulate dtype."""
+    g = grad_y.to(accumulate_dtype(grad_y))
+    if grad_state is not None:
+        _, last = ends(g.shape[dim], reverse)
+        g = g.select_scatter(g.select(dim, last) + grad_state, dim, last)
+    if varies(ratio, g, dim):
+        ratio = previous(ratio, None, dim - g.dim(), not reverse)
+    adjoint: Tensor = linear_recurrence(ratio, g, None, dim, not reverse, False)
+    return adjoint
+
+
+def start_gradient(ratio: Tensor, adjoint: Tensor, dim: int, reverse: bool) -> Tensor:
+    """ratio[0] * lambda[0]: the gradient to the initial state."""
+    first, _ = ends(adjoint.shape[dim], reverse)
+    if varies(ratio, adjoint, dim):
+        ratio = ratio.narrow(dim - adjoint.dim(), first, 1)
+    return (ratio * adjoint.narrow(dim, first, 1)).squeeze(dim)
+
+
+def varies(coefficient: Tensor, x: Tensor, dim: int) -> bool:
+    """Whether a coefficient that broadcasts to x has a time axis of its own."""
+    axis = dim - x.dim()
+    return coefficient.dim() >= -axis and coefficient.shape[axis] != 1
+
+
+def refuse_nested_forward(what: str) -> None:
+    """Raise where torch would drop the inner tangent's own tangent."""
+    if eager_transforms.JVP_NESTING > 1:
+        raise RuntimeError(
+            f"ema_ext: forward mode over forward mode with {what} is not supported; "
+            "use reverse mode for one of the two, for instance torch.func.hessian"
+        )
 
 
 def step(x: Tensor, alpha: Tensor, initial_state: Tensor | None, dim: int, reverse: bool) -> Tensor:
@@ -347,3 +497,5 @@ float_ema = function(FloatEMA)
 float_adjoint = function(FloatAdjoint)
 tensor_ema = function(TensorEMA)
 linear_recurrence = function(LinearRecurrence)
+expand = function(Expand)
+sum_to = function(SumTo)

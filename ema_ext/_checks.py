@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ema_ext import _library, _ops
+from ema_ext._autograd import expand
 
 
 def input_tensor(name: str, value: Any) -> Tensor:
@@ -40,8 +41,8 @@ def dimension(dim: Any, x: Tensor) -> int:
     return index % x.dim()
 
 
-def smoothing_weight(alpha: Any, x: Tensor, dim: int) -> float | Tensor:
-    """alpha as a float in [0, 1], or as a tensor that expands to x and is constant in time."""
+def smoothing_weight(alpha: Any, x: Tensor) -> float | Tensor:
+    """alpha as a float in [0, 1], or as a tensor that expands to x."""
     weight = _number_or_tensor("alpha", alpha, x)
     if isinstance(weight, float):
         if not 0.0 <= weight <= 1.0:
@@ -50,29 +51,49 @@ def smoothing_weight(alpha: Any, x: Tensor, dim: int) -> float | Tensor:
     if not _expands(weight.shape, x.shape):
         raise ValueError(
             f"alpha of shape {tuple(weight.shape)} does not expand to x of shape {tuple(x.shape)}"
-            + _missing_time_axis(weight, x)
-        )
-    time = dim - x.dim() + weight.dim()
-    if time >= 0 and weight.shape[time] != 1:
-        raise NotImplementedError(
-            f"alpha of shape {tuple(weight.shape)} varies along dim {dim} of x, "
-            f"of shape {tuple(x.shape)}; only an alpha that is constant in time is supported"
+            + _missing_time_axis("alpha", weight, x)
         )
     return weight
 
 
-def start_state(initial_state: Any, x: Tensor, dim: int) -> Tensor | None:
-    """initial_state as a tensor that expands to x without ``dim``, or None."""
+def recurrence(a: Any, b: Any) -> tuple[Tensor, Tensor, torch.Size]:
+    """a and b of a linear recurrence, and the shape that they broadcast to."""
+    if not isinstance(b, Tensor):
+        raise TypeError(f"b must be a torch.Tensor, got {type(b).__name__}")
+    _floating_and_dense("b", b)
+    _supported_device("b", b.device)
+    factor = _number_or_tensor("a", a, b, "b")
+    if isinstance(factor, float):
+        factor = torch.tensor(factor, dtype=torch.float64)
+    if factor.device != b.device:
+        factor = factor.to(b.device)
+    try:
+        shape = b.shape
+        if factor.shape != shape:
+            shape = torch.broadcast_shapes(factor.shape, shape)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        raise ValueError(
+            f"a of shape {tuple(factor.shape)} and b of shape {tuple(b.shape)} do not broadcast"
+            + _missing_time_axis("a", factor, b)
+            + _missing_time_axis("b", b, factor)
+        ) from None
+    if not shape:
+        raise ValueError("a and b must have at least 1 dimension, got 0-dim tensors")
+    return factor, b, shape
+
+
+def start_state(initial_state: Any, x: Tensor, dim: int, name: str = "x") -> Tensor | None:
+    """initial_state as a tensor that expands to x, called ``name``, without ``dim``, or None."""
     if initial_state is None:
         return None
-    state = _number_or_tensor("initial_state", initial_state, x)
+    state = _number_or_tensor("initial_state", initial_state, x, name)
     if isinstance(state, float):
         return torch.tensor(state, dtype=torch.float64)
     shape = state_shape(x, dim)
     if not _expands(state.shape, shape):
         raise ValueError(
             f"initial_state of shape {tuple(state.shape)} does not expand to {shape}, "
-            f"the shape of x without dim {dim}"
+            f"the shape of {name if name == 'x' else 'a and b'} without dim {dim}"
         )
     return state
 
@@ -84,17 +105,18 @@ def state_shape(x: Tensor, dim: int) -> tuple[int, ...]:
 
 def expand_state(state: Tensor, x: Tensor, dim: int) -> Tensor:
     """The checked state in the accumulate dtype and full shape; autograd undoes both."""
-    dtype = _ops.ACCUMULATE_DTYPE[x.dtype]
-    return state.to(x.device, dtype).expand(state_shape(x, dim))
+    dtype, shape = _ops.ACCUMULATE_DTYPE[x.dtype], state_shape(x, dim)
+    state = state.to(x.device)
+    return state.to(dtype) if state.shape == shape else expand(state, dtype, *shape)
 
 
-def _number_or_tensor(name: str, value: Any, x: Tensor) -> float | Tensor:
+def _number_or_tensor(name: str, value: Any, x: Tensor, x_name: str = "x") -> float | Tensor:
     if isinstance(value, Tensor):
         _floating_and_dense(name, value)
         if value.device != x.device and not (value.dim() == 0 and value.device.type == "cpu"):
             raise RuntimeError(
-                f"{name} is on {value.device} but x is on {x.device}; "
-                f"only a 0-dim tensor on the cpu may be on another device than x"
+                f"{name} is on {value.device} but {x_name} is on {x.device}; "
+                f"only a 0-dim tensor on the cpu may be on another device than {x_name}"
             )
         return value
     if isinstance(value, Real) and not isinstance(value, bool):
@@ -137,8 +159,8 @@ def _expands(shape: torch.Size, target: tuple[int, ...]) -> bool:
     return all(have in (1, want) for have, want in zip(shape, aligned, strict=True))
 
 
-def _missing_time_axis(alpha: Tensor, x: Tensor) -> str:
+def _missing_time_axis(name: str, alpha: Tensor, x: Tensor) -> str:
     """A hint for alpha given per channel or per row of x, without the last dimension of x."""
     if alpha.dim() == 0 or alpha.shape != x.shape[-1 - alpha.dim() : -1]:
         return ""
-    return f"; did you mean alpha[{':, ' * alpha.dim()}None]?"
+    return f"; did you mean {name}[{':, ' * alpha.dim()}None]?"

@@ -38,7 +38,11 @@ ema_with_state: Op2 = _namespace.ema_with_state.default
 ema_with_state_tensor: Op2 = _namespace.ema_with_state.Tensor
 ema_backward: Op2 = _namespace.ema_backward.default
 ema_backward_tensor: Op3 = _namespace.ema_backward.Tensor
+ema_backward_varying: Op3 = _namespace.ema_backward.Varying
 linear_recurrence: Op = _namespace.linear_recurrence.default
+linear_recurrence_with_state: Op2 = _namespace.linear_recurrence_with_state.default
+linear_recurrence_backward: Op3 = _namespace.linear_recurrence_backward.default
+sum_to: Op = _namespace.sum_to.default
 
 
 def _empty_state(x: Tensor, dim: int) -> Tensor:
@@ -93,11 +97,50 @@ def _fake_ema_backward_tensor(
     return torch.empty_like(grad_y), grad_alpha, _empty_state(grad_y, dim)
 
 
+def _fake_ema_backward_varying(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    alpha: Tensor,
+    y: Tensor,
+    initial_state: Tensor | None,
+    dim: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _same_device(grad_y, y)
+    return _fake_ema_backward_tensor(grad_y, grad_state, x, alpha, initial_state, dim, reverse)
+
+
 def _fake_linear_recurrence(
     a: Tensor, b: Tensor, initial_state: Tensor | None, dim: int, reverse: bool
 ) -> Tensor:
     _same_device(b, a, initial_state)
     return torch.empty_like(b)
+
+
+def _fake_linear_recurrence_with_state(
+    a: Tensor, b: Tensor, initial_state: Tensor | None, dim: int, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    _same_device(b, a, initial_state)
+    return torch.empty_like(b), _empty_state(b, dim)
+
+
+def _fake_linear_recurrence_backward(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    a: Tensor,
+    y: Tensor,
+    initial_state: Tensor | None,
+    dim: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _same_device(grad_y, grad_state, a, y, initial_state)
+    return a.new_empty(a.shape), torch.empty_like(grad_y), _empty_state(grad_y, dim)
+
+
+def _fake_sum_to(terms: Tensor, like: Tensor) -> Tensor:
+    _same_device(terms, like)
+    return like.new_empty(like.shape)
 
 
 _FAKES: dict[str, Callable[..., object]] = {
@@ -107,14 +150,18 @@ _FAKES: dict[str, Callable[..., object]] = {
     "ema_with_state.Tensor": _fake_ema_with_state,
     "ema_backward": _fake_ema_backward,
     "ema_backward.Tensor": _fake_ema_backward_tensor,
+    "ema_backward.Varying": _fake_ema_backward_varying,
     "linear_recurrence": _fake_linear_recurrence,
+    "linear_recurrence_with_state": _fake_linear_recurrence_with_state,
+    "linear_recurrence_backward": _fake_linear_recurrence_backward,
+    "sum_to": _fake_sum_to,
 }
 for _operator, _fake in _FAKES.items():
     torch.library.register_fake(f"ema_ext::{_operator}", _fake)
 
 
 #: What each argument is, to torch.vmap, which adds a dimension at the front, and to DTensor: "x"
-#: has all dimensions, "alpha" expands to x, "state" expands to x without time, "dim" counts
+#: has all dimensions, "alpha" broadcasts to x, "state" expands to x without time, "dim" counts
 #: dimensions.
 ROLES = {
     "ema": ("x", "", "state", "dim", ""),
@@ -123,7 +170,19 @@ ROLES = {
     "ema_with_state.Tensor": ("x", "alpha", "state", "dim", ""),
     "ema_backward": ("x", "state", "", "", "dim", ""),
     "ema_backward.Tensor": ("x", "state", "x", "alpha", "state", "dim", ""),
+    "ema_backward.Varying": ("x", "state", "x", "alpha", "x", "state", "dim", ""),
     "linear_recurrence": ("alpha", "x", "state", "dim", ""),
+    "linear_recurrence_with_state": ("alpha", "x", "state", "dim", ""),
+    "linear_recurrence_backward": ("x", "state", "alpha", "x", "state", "dim", ""),
+    "sum_to": ("x", "alpha"),
+}
+
+# Which result has the shape of the "alpha".
+_GRAD_ALPHA = {
+    "ema_backward.Tensor": 1,
+    "ema_backward.Varying": 1,
+    "linear_recurrence_backward": 0,
+    "sum_to": 0,
 }
 
 
@@ -150,12 +209,15 @@ def _batching_rule(operator: str) -> Callable[..., Any]:
             for value, at, role in zip(arguments, in_dims, roles, strict=True)
         ]
         results = op(*batched)
-        if operator == "ema_backward.Tensor":
-            grad_x, grad_alpha, grad_state = results
+        several = isinstance(results, tuple)
+        if operator in _GRAD_ALPHA:
             alpha, at = arguments[roles.index("alpha")], in_dims[roles.index("alpha")]
             shape = [size for i, size in enumerate(alpha.shape) if i != at]
-            results = grad_x, grad_alpha.reshape(info.batch_size, *shape), grad_state
-        return results, (0,) * len(results) if isinstance(results, tuple) else 0
+            results = list(results) if several else [results]
+            own = _GRAD_ALPHA[operator]
+            results[own] = results[own].reshape(info.batch_size, *shape)
+            results = tuple(results) if several else results[0]
+        return results, (0,) * len(results) if several else 0
 
     return rule
 

@@ -23,18 +23,21 @@ _RESULTS = {
     "ema_with_state.Tensor": ("x", "state"),
     "ema_backward": ("x", "state"),
     "ema_backward.Tensor": ("x", "grad_alpha", "state"),
+    "ema_backward.Varying": ("x", "grad_alpha", "state"),
     "linear_recurrence": ("x",),
+    "linear_recurrence_with_state": ("x", "state"),
+    "linear_recurrence_backward": ("grad_alpha", "x", "state"),
 }
 
 
-def prepare(x: Any, dim: int) -> None:
+def prepare(x: Any, dim: int, name: str = "x") -> None:
     """If x is a DTensor, let it run the operators; ValueError if it is sharded along ``dim``."""
     if not _is_dtensor(x):
         return
     if any(placement.is_shard(dim) for placement in x.placements):
         raise ValueError(
-            f"x is sharded along dim {dim}, the dimension of time: {x.placements}; "
-            f"ema_ext.distributed takes the local piece, x.to_local(), and the mesh's group"
+            f"{name} is sharded along dim {dim}, the dimension of time: {x.placements}; "
+            f"ema_ext.distributed takes the local piece, {name}.to_local(), and the mesh's group"
         )
     _register()
 

@@ -102,7 +102,7 @@ def ema(
     Args:
         x: this rank's piece: as in `ema_ext.ema`. All pieces have the same dtype, and the same
             shape but for ``dim``, along which each may have any length, 0 included.
-        alpha: as in `ema_ext.ema`; the same on every rank.
+        alpha: as in `ema_ext.ema`, but constant in time; the same on every rank.
         group: the process group; None is the default group of ``torch.distributed``.
         dim: the dimension of time.
         initial_state: the average before the first sample of the whole sequence; the same on every
@@ -129,12 +129,13 @@ def ema(
         ValueError, on every rank: the pieces' shapes without ``dim``, their dtypes, or any other
             argument that must be common, differ between two ranks, which it names; the state of a
             sequence without samples and without initial_state is asked for.
+        NotImplementedError: alpha varies along ``dim``.
         A rank that fails leaves the others waiting until the group's timeout ends their call.
     """
     line = _Line.of(group, reverse)
     x = _checks.input_tensor("x", x)
     dim = _checks.dimension(dim, x)
-    alpha = _checks.smoothing_weight(alpha, x, dim)
+    alpha = _constant_in_time(_checks.smoothing_weight(alpha, x), dim, x)
     start = _start(initial_state, x, dim)
     return _scan(_Problem(_EMA, line, dim, bool(return_state)), x, alpha, start)
 
@@ -390,6 +391,16 @@ def _scan(
     apply: Callable[..., tuple[Tensor, Tensor]] = _Sharded.apply
     y, state = apply(problem, x, coefficient, start, wants_gradient)
     return (y, state) if problem.return_state else y
+
+
+def _constant_in_time(alpha: float | Tensor, dim: int, x: Tensor) -> float | Tensor:
+    if isinstance(alpha, Tensor) and alpha.dim() >= (after := x.dim() - dim):
+        if alpha.shape[-after] != 1:
+            raise NotImplementedError(
+                f"alpha of shape {tuple(alpha.shape)} varies along dim {dim}, the dimension of "
+                f"time: ema_ext.distributed takes one that is constant in time"
+            )
+    return alpha
 
 
 def _start(initial_state: Any, x: Tensor, dim: int) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ema_ext import _checks, _ops, _sharding
+from ema_ext import _autograd, _checks, _ops, _sharding
 from ema_ext._autograd import float_ema, tensor_ema, traced
 
 
@@ -69,11 +69,11 @@ def ema(
         x: float16, bfloat16, float32 or float64 tensor of any shape with at least 1 dimension and
             of any strides; no copy of it is made.
         alpha: the weight of the new sample. A number in [0, 1]; or a floating-point tensor that
-            expands to x's shape and has size 1 (or nothing) along ``dim``, for instance ``()`` for
-            one weight or ``alpha[:, None]`` for one weight per channel of a
-            ``(batch, channel, time)`` x. Values of a tensor are not checked, and outside [0, 1]
-            follow the recurrence. It may have another dtype than x, enters unrounded, and never
-            changes the dtype of the result.
+            expands to x's shape: ``()`` for one weight, ``alpha[:, None]`` for one per channel of a
+            ``(batch, channel, time)`` x, ``(time,)`` for one per step, or x's own shape. One of
+            size 1 (or nothing) along ``dim`` takes the faster path. Values of a tensor are not
+            checked, and outside [0, 1] follow the recurrence. It may have another dtype than x,
+            enters unrounded, and never changes the dtype of the result.
         dim: the dimension of time.
         initial_state: the average before the first sample: with it,
             :math:`y_0 = (1 - \alpha) s + \alpha x_0`. A number, or a floating-point tensor that
@@ -93,7 +93,7 @@ def ema(
 
     Gradients of any order reach x, alpha and initial_state, each in its own shape and dtype, in
     reverse and in forward mode, under ``torch.func`` and ``torch.compile``. With a float alpha
-    nothing of x's size is kept for the backward pass.
+    nothing of x's size is kept for the backward pass; one that varies along ``dim`` keeps x and y.
 
     Raises:
         TypeError: x is no dense tensor of the dtypes above; alpha or initial_state is neither
@@ -105,7 +105,6 @@ def ema(
         RuntimeError: this build has no kernels for x's device; alpha or initial_state is on
             another device than x (a 0-dim tensor on the cpu may be); a ``torch.func`` transform
             is compiled; forward mode runs over forward mode with a tensor alpha.
-        NotImplementedError: alpha varies along ``dim``.
 
     Example:
         >>> ema(torch.tensor([1.0, 2.0, 4.0, 8.0]), 0.5)
@@ -142,7 +141,7 @@ def _general(
     x = _checks.input_tensor("x", x)
     dim = _checks.dimension(dim, x)
     _sharding.prepare(x, dim)
-    alpha = _checks.smoothing_weight(alpha, x, dim)
+    alpha = _checks.smoothing_weight(alpha, x)
     state = _checks.start_state(initial_state, x, dim)
     if state is not None and not isinstance(initial_state, Tensor):
         state = _sharding.beside(x, state)
@@ -172,3 +171,115 @@ def _general(
         return two(x, alpha, state, dim, reverse)
     one = _ops.ema if isinstance(alpha, float) else _ops.ema_tensor
     return one(x, alpha, state, dim, reverse)
+
+
+@overload
+def linear_recurrence(
+    a: float | Tensor,
+    b: Tensor,
+    *,
+    dim: int = -1,
+    initial_state: float | Tensor | None = None,
+    reverse: bool = False,
+    return_state: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_recurrence(
+    a: float | Tensor,
+    b: Tensor,
+    *,
+    dim: int = -1,
+    initial_state: float | Tensor | None = None,
+    reverse: bool = False,
+    return_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_recurrence(
+    a: float | Tensor,
+    b: Tensor,
+    *,
+    dim: int = -1,
+    initial_state: float | Tensor | None = None,
+    reverse: bool = False,
+    return_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def linear_recurrence(
+    a: float | Tensor,
+    b: Tensor,
+    *,
+    dim: int = -1,
+    initial_state: float | Tensor | None = None,
+    reverse: bool = False,
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""First-order linear recurrence along one dimension, its coefficients given step by step.
+
+    .. math:: y_n = a_n\, y_{n-1} + b_n, \qquad y_{-1} = 0
+
+    It is what is under discounted sums, gated recurrent layers, resets (``a = 0``) and every
+    weighted average of the past; `ema` is :math:`a = 1 - \alpha`, :math:`b = \alpha x`, without
+    making either. The scan over pairs :math:`(a, b)` is that of Blelloch (1990).
+
+    Args:
+        a: the weight of the past. A real number, or a floating-point tensor that broadcasts with
+            b: ``()``, ``a[:, None]`` for one per channel, ``(time,)`` for one per step, or the full
+            shape. One of size 1 (or nothing) along ``dim`` takes the faster path. It may have
+            another dtype than b, enters unrounded, and never changes the dtype of the result.
+        b: what each step adds: a float16, bfloat16, float32 or float64 tensor of any strides that
+            broadcasts with a. Neither is copied for it.
+        dim: the dimension of time, in the shape that a and b broadcast to.
+        initial_state: :math:`y_{-1}`. A number, or a floating-point tensor that expands to that
+            shape without ``dim``. None is 0.
+        reverse: run from the last step to the first: flip, recurrence, flip.
+        return_state: return ``(y, state)``. ``state`` is y after the last step (the first one in
+            reverse), without ``dim``, in float32 for half types and otherwise in b's dtype. Passed
+            on as ``initial_state``, it continues the recurrence.
+
+    Returns:
+        ``y``, of the shape that a and b broadcast to and of b's dtype, or ``(y, state)``. The state
+        runs in float32 or wider. What is not finite behaves as in the plain loop: in particular
+        ``a = 0`` forgets a finite past, and 0 times infinity is NaN. The result is bitwise the
+        same from run to run and for any number of threads. Without steps ``y`` is empty, and
+        ``state`` is ``initial_state`` or 0.
+
+    Gradients of any order reach a, b and initial_state, each in its own shape and dtype, in reverse
+    and in forward mode, under ``torch.func`` and ``torch.compile``. y is kept for that of a.
+
+    Raises:
+        TypeError: b is no dense tensor of the dtypes above; a or initial_state is neither a real
+            number nor such a tensor; dim is no int.
+        ValueError: a and b do not broadcast, or have no dimension; initial_state does not expand.
+        IndexError: dim is out of range.
+        RuntimeError: this build has no kernels for b's device; a or initial_state is on another
+            device than b (a 0-dim tensor on the cpu may be); a ``torch.func`` transform is
+            compiled; forward mode runs over forward mode.
+
+    Example:
+        >>> linear_recurrence(torch.tensor([0.5, 0.5, 0.0, 2.0]), torch.ones(4))
+        tensor([1.0000, 1.5000, 1.0000, 3.0000])
+    """
+    a, b, shape = _checks.recurrence(a, b)
+    arguments = [t for t in (a, b, initial_state) if isinstance(t, Tensor)]
+    required = any(tensor.requires_grad for tensor in arguments)
+    differentiable = traced() or (required and torch.is_grad_enabled())
+    if b.shape != shape:
+        b = _autograd.expand(b, b.dtype, *shape) if differentiable else b.expand(shape)
+    dim = _checks.dimension(dim, b)
+    _sharding.prepare(b, dim, "b")
+    state = _checks.start_state(initial_state, b, dim, "b")
+    reverse = bool(reverse)
+    if differentiable:
+        if state is not None:
+            state = _checks.expand_state(state, b, dim)
+        result: Tensor | tuple[Tensor, Tensor] = _autograd.linear_recurrence(
+            a, b, state, dim, reverse, bool(return_state)
+        )
+        return result
+    op = _ops.linear_recurrence_with_state if return_state else _ops.linear_recurrence
+    return op(a, b, state, dim, reverse)

@@ -53,6 +53,18 @@ is sum_n lambda[n] r[n] with r[n] = x[n] - y[n-1].
 What must hold on data that is not made against it is simpler and tighter (`alpha_requirement`):
 8 eps sum |lambda r|.
 
+**A coefficient per sample** (varying.h) runs in float64 throughout, whatever the dtype. Beside the
+initial state's own rounding (base 1 in the accumulate dtype), a term meets 1 - alpha, alpha * x and
+a sum once, and one product and one sum more where the past comes in: 6 u64. At every later step it
+meets a rounded 1 - alpha, a product and a sum, and once more a product where maps are composed: 4
+u64. For float64 the error so grows with the memory, as the loop's does; for the others it never
+shows. A linear recurrence is the same with |a| for c and |b| for alpha |x|. A product of float64
+coefficients, over at most a chunk, may underflow: a smallest float64 subnormal times the y before.
+
+Its gradient to a coefficient is lambda[n] times r[n] = x[n] - y[n-1], or y[n-1], with the y that
+was returned: its error and its rounding to the dtype of y enter times Lambda[n]. Each term is
+rounded to the accumulate dtype; terms that share a coefficient are then summed in float64.
+
 **Stored result.** One more rounding, to the result's dtype: its unit roundoff times |result|.
 Underflow costs a smallest subnormal per rounding.
 
@@ -70,7 +82,7 @@ from typing import Any
 import numpy as np
 import oracle
 import torch
-from oracle import Array, Problem, longdouble
+from oracle import Array, Problem, Recurrence, longdouble
 
 #: Worst error / bound seen in this run, by label: printed at the end of the run by conftest.py.
 WORST: dict[str, float] = {}
@@ -91,12 +103,15 @@ class Roundings:
     base: float
     per_step: float = 0.0
     per_decay: float = 0.0  # in float64, for each factor e by which a term decays
+    base_wide: float = 0.0  # in float64, once
+    per_step_wide: float = 0.0  # in float64, at every later step
     truncation: float = 0.0  # weight left out, as a share of max |x|
     partials: torch.dtype | None = None  # of sums over time; None: the accumulate dtype
 
 
 LOOP = Roundings(base=3, per_step=3)
 ORACLE = Roundings(base=6, per_step=3)
+VARYING = Roundings(base=1, base_wide=6, per_step_wide=4)
 KERNEL = Roundings(base=16, per_decay=9, partials=torch.float64)
 
 
@@ -167,7 +182,11 @@ def gradient_bounds(
         weight[0] = 1
     grad_x = problem.restore(weight * carried_error)
 
-    if roundings is KERNEL:
+    if roundings is VARYING:
+        _, y_error = _forward(problem, roundings, dtype)
+        y_error = _stored(oracle.outputs(problem), y_error, x.dtype)
+        terms = _shared_terms(oracle.innovation(problem), y_error, carried, carried_error, dtype)
+    elif roundings is KERNEL:
         adjoint = oracle.adjoint(problem, grad_y, grad_state)
         terms = _kernel_terms(problem, adjoint, carried, carried_error, dtype)
     else:
@@ -361,6 +380,86 @@ def _kernel_terms(
         return carried_error * size + tiles + unit(torch.float64) * rest
 
 
+def _shared_terms(
+    factor: Array, y_error: Array, carried: Array, carried_error: Array, dtype: torch.dtype
+) -> Array:
+    """By how much lambda[n] * factor[n], made of the returned y[n-1], may be wrong in a sum."""
+    first = unit(dtype) * np.abs(factor[:1])
+    before_error = np.concatenate([first, y_error[:-1]])
+    size = np.abs(factor) + before_error
+    count = 2 * unit(dtype) + (factor.size + 2) * unit(torch.float64)
+    return carried_error * size + carried * (before_error + count * size)
+
+
+def recurrence_bound(
+    a: Any, b: torch.Tensor, *, dim: int = -1, initial_state: Any = None, reverse: bool = False
+) -> Array:
+    """Largest |error| allowed to each y of linear_recurrence(a, b, ...)."""
+    problem = Recurrence.of(a, b, dim, initial_state, reverse)
+    _, error = _recurrence_forward(problem, accumulate_dtype(b.dtype))
+    return problem.restore(_stored(problem.outputs(), error, b.dtype))
+
+
+def check_recurrence(
+    y: torch.Tensor,
+    a: Any,
+    b: torch.Tensor,
+    *,
+    label: str = "recurrence",
+    **options: Any,
+) -> None:
+    """Hold y = linear_recurrence(a, b, **options) to the oracle."""
+    expected = oracle.linear_recurrence(a, b, **options)
+    assert_within(y, expected, recurrence_bound(a, b, **options), f"{label} y")
+
+
+def check_recurrence_backward(
+    grads: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    grad_y: torch.Tensor,
+    a: Any,
+    b: torch.Tensor,
+    *,
+    grad_state: Any = None,
+    initial_state: Any = None,
+    label: str = "recurrence",
+    **options: Any,
+) -> None:
+    """Hold the gradients (to a, b, initial_state; None: not asked for) to the oracle."""
+    problem = Recurrence.of(a, b, initial_state=initial_state, **options)
+    dtype = accumulate_dtype(b.dtype)
+    y, (_, y_error) = problem.outputs(), _recurrence_forward(problem, dtype)
+    adjoint, before = problem.adjoint(grad_y, grad_state), problem.before(y)
+    size = Recurrence.of(np.abs(problem.restore(problem.a)), np.abs(longdouble(grad_y)), **options)
+    drive = size.b[::-1].copy()
+    drive[:1] += np.abs(longdouble(0.0 if grad_state is None else grad_state))
+    carried, carried_error = _aged(np.roll(size.a, -1, axis=0)[::-1], drive, VARYING, dtype)
+    carried, carried_error = carried[::-1], carried_error[::-1]
+    terms = _shared_terms(before, _stored(y, y_error, b.dtype), carried, carried_error, dtype)
+    wide = (problem.b.size + 2) * unit(torch.float64) + unit(b.dtype)
+    exact = problem.to_arguments(adjoint * before, adjoint, (problem.a * adjoint)[0])
+    bound = problem.to_arguments(
+        terms,
+        carried_error + wide * carried,
+        (size.a * (carried_error + 3 * unit(dtype) * carried))[0],
+    )
+    dtypes = _dtype(a), b.dtype, _dtype(initial_state)
+    for name, grad, want, error, kind in zip(
+        ("a", "b", "initial_state"), grads, exact, bound, dtypes, strict=True
+    ):
+        if grad is not None:
+            assert_within(grad, want, _stored(want, error, kind), f"{label} grad {name}")
+
+
+def _recurrence_forward(problem: Recurrence, dtype: torch.dtype) -> tuple[Array, Array]:
+    """The recurrence of the magnitudes and the error bound, time first, before the store."""
+    with np.errstate(all="ignore"):
+        drive = np.abs(problem.b)
+        drive[:1] += np.abs(problem.a[:1] * problem.start)
+    # a constant is left to the kernels of tiles
+    constant = len(problem.a) == 1 or problem.a.strides[0] == 0
+    return _aged(np.abs(problem.a), drive, KERNEL if constant else VARYING, dtype)
+
+
 def _range(x: Array) -> Array:
     """Largest less smallest x among the samples fewer than TILE away, along the first axis."""
     high, low, width = x, x, 1
@@ -382,6 +481,8 @@ def _aged_sum(
     weight: Array, drive: Array, roundings: Roundings, dtype: torch.dtype
 ) -> tuple[Array, Array]:
     """total[n] = |keep| total + drive, and u * sum (base + per_step * age) * contribution."""
+    if roundings is VARYING:
+        return _aged(np.abs(1 - weight), drive, roundings, dtype)
     here, exact = unit(dtype), oracle.UNIT
     base = here * roundings.base + exact * ORACLE.base
     keep = np.abs(1 - (weight[:1] if weight.strides[0] == 0 else weight))
@@ -397,6 +498,25 @@ def _aged_sum(
         aged = _magnitudes(weight, error)
         floor = (roundings.base + roundings.per_step) * tiny
         return total, base * total + aged + _magnitudes(weight, np.full_like(total, floor))
+
+
+def _aged(
+    ratio: Array, drive: Array, roundings: Roundings, dtype: torch.dtype
+) -> tuple[Array, Array]:
+    """The same for a ratio per sample: total[n] = ratio[n] total[n-1] + drive[n], and the error."""
+    wide, exact = unit(torch.float64), oracle.UNIT
+    base = unit(dtype) * roundings.base + wide * roundings.base_wide + exact * ORACLE.base
+    per_step = wide * roundings.per_step_wide + exact * ORACLE.per_step
+    info = torch.finfo(torch.float64 if roundings is VARYING else dtype)
+    tiny = longdouble(info.smallest_normal) * info.eps * (roundings.base + roundings.base_wide)
+    with np.errstate(all="ignore"):
+        per_step = per_step + wide * roundings.per_decay * np.abs(
+            np.log(np.where(ratio[1:] > 0, ratio[1:], 1))
+        )
+        total = oracle.loop(ratio, drive)
+        error = np.full_like(total, tiny)
+        error[1:] += (per_step * ratio[1:] + tiny) * total[:-1]
+        return total, base * total + oracle.loop(ratio, error)
 
 
 def _stored(value: Array, error: Array, dtype: torch.dtype) -> Array:

@@ -146,10 +146,16 @@ def scan(weight: Array, drive: Array) -> Array:
         )
         if side_by_side:
             return _scan_stretches(weight[0], drive)
-        keep, total = 1 - weight, np.empty_like(drive)
+        return loop(1 - weight, drive)
+
+
+def loop(ratio: Array, drive: Array) -> Array:
+    """total[n] = ratio[n] total[n-1] + drive[n] from total[-1] = 0, time first."""
+    with np.errstate(all="ignore"):
+        total = np.empty_like(drive)
         total[:1] = drive[:1]
         for n in range(1, len(drive)):
-            total[n] = keep[n] * total[n - 1] + drive[n]
+            total[n] = ratio[n] * total[n - 1] + drive[n]
         return total
 
 
@@ -201,6 +207,71 @@ def ema_backward(
         if problem.start is not None:
             grad_start = problem.to_start(problem.keep[0] * carried[0])
     return Gradients(problem.restore(grad_x), grad_alpha, grad_start)
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """One call of linear_recurrence with time first and running forward, a and b broadcast."""
+
+    a: Array
+    b: Array
+    start: Array  # (*rest), 0 where there is none
+    dim: int
+    reverse: bool
+    a_shape: tuple[int, ...]
+    b_shape: tuple[int, ...]
+    start_shape: tuple[int, ...]
+
+    @staticmethod
+    def of(
+        a: Any, b: Any, dim: int = -1, initial_state: Any = None, reverse: bool = False
+    ) -> Recurrence:
+        ratio, drive = longdouble(a), longdouble(b)
+        shape = np.broadcast_shapes(ratio.shape, drive.shape)
+        moved = [
+            _time_first(np.broadcast_to(values, shape), dim, reverse) for values in (ratio, drive)
+        ]
+        start = longdouble(0.0 if initial_state is None else initial_state)
+        whole = np.broadcast_to(start, moved[0].shape[1:])
+        return Recurrence(*moved, whole, dim, reverse, ratio.shape, drive.shape, start.shape)
+
+    def restore(self, values: Array) -> Array:
+        """Undo the layout: time back to its dimension and direction."""
+        return np.moveaxis(values[::-1] if self.reverse else values, 0, self.dim)
+
+    def to_arguments(self, a: Array, b: Array, start: Array) -> tuple[Array, Array, Array]:
+        """Terms, time first, summed to the shape of each argument."""
+        return (
+            _sum_to(self.restore(a), self.a_shape),
+            _sum_to(self.restore(b), self.b_shape),
+            _sum_to(start, self.start_shape),
+        )
+
+    def outputs(self) -> Array:
+        """y with time first."""
+        with np.errstate(all="ignore"):
+            drive = self.b.copy()
+            drive[:1] += self.a[:1] * self.start
+        return loop(self.a, drive)
+
+    def adjoint(self, grad_y: Any, grad_state: Any = None) -> Array:
+        """lambda[n] = g[n] + a[n+1] lambda[n+1], time first; grad_state joins the last g."""
+        g = _time_first(longdouble(grad_y), self.dim, self.reverse)[::-1].copy()
+        if len(g) and grad_state is not None:
+            g[0] += longdouble(grad_state)
+        return loop(np.roll(self.a, -1, axis=0)[::-1], g)[::-1]
+
+    def before(self, y: Array) -> Array:
+        """y[n-1]."""
+        return np.concatenate([self.start[None], y[:-1]])[: len(y)]
+
+
+def linear_recurrence(
+    a: Any, b: Any, *, dim: int = -1, initial_state: Any = None, reverse: bool = False
+) -> Array:
+    """y[n] = a[n] y[n-1] + b[n], of the shape that a and b broadcast to."""
+    problem = Recurrence.of(a, b, dim, initial_state, reverse)
+    return problem.restore(problem.outputs())
 
 
 def _constant(weight: Array) -> bool:

@@ -75,15 +75,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"alpha of shape \(2, 2, 3, 1\) does not expand to x of shape \(2, 3, 5\)$",
     ),
-    "alpha varies in time": (
-        {"alpha": torch.full((5,), 0.5)},
-        NotImplementedError,
-        r"alpha of shape \(5,\) varies along dim 2 of x, of shape \(2, 3, 5\)",
-    ),
-    "alpha varies in time along another dim": (
-        {"alpha": torch.full((3, 1), 0.5), "dim": 1},
-        NotImplementedError,
-        r"alpha of shape \(3, 1\) varies along dim 1",
+    "alpha of other steps than x": (
+        {"alpha": torch.full((4,), 0.5)},
+        ValueError,
+        r"alpha of shape \(4,\) does not expand to x of shape \(2, 3, 5\)$",
     ),
     "alpha on another device": (
         {"alpha": torch.full((3, 1), 0.5, device="meta")},

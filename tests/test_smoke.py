@@ -18,8 +18,11 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
     [
         ("ema", ["default", "Tensor"]),
         ("ema_with_state", ["default", "Tensor"]),
-        ("ema_backward", ["default", "Tensor"]),
+        ("ema_backward", ["default", "Tensor", "Varying"]),
         ("linear_recurrence", ["default"]),
+        ("linear_recurrence_with_state", ["default"]),
+        ("linear_recurrence_backward", ["default"]),
+        ("sum_to", ["default"]),
     ],
 )
 def test_ops_are_registered(name: str, overloads: list[str]) -> None:

@@ -69,6 +69,18 @@ void run_cut(const Problem& problem, const Kernels& kernels, const Plan& plan, i
   kernels.finish_rows(problem, 0, problem.rows, ends.get());
 }
 
+void run_varying_cut(const Problem& problem, const Kernels& kernels, const Plan& plan) {
+  const std::unique_ptr<Affine[]> maps(new Affine[plan.items]);
+  const std::unique_ptr<double[]> before(new double[plan.items]);
+  parallel(plan.items, plan.samples_per_item,
+           [&](int64_t begin, int64_t end) { kernels.find_maps(problem, begin, end, maps.get()); });
+  kernels.fold_maps(problem, 0, problem.rows, maps.get(), before.get());
+  parallel(plan.items, plan.samples_per_item, [&](int64_t begin, int64_t end) {
+    kernels.scan_varying_segments(problem, begin, end, before.get());
+  });
+  kernels.finish_varying_rows(problem, 0, problem.rows, before.get());
+}
+
 // Asks for huge pages under a large output that has just been mapped and not yet been touched.
 void advise_huge_pages(const Problem& problem) {
   const int64_t bytes = problem.rows * problem.length * bytes_of(problem.y.dtype);
@@ -78,6 +90,19 @@ void advise_huge_pages(const Problem& problem) {
   const auto data = reinterpret_cast<uintptr_t>(problem.y.data) + low * bytes_of(problem.y.dtype);
   const uintptr_t first = (data + kPage - 1) / kPage * kPage, last = (data + bytes) / kPage * kPage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
+auto scan_of(const Kernels& kernels, Strategy strategy) {
+  switch (strategy) {
+    case Strategy::kVaryingRows:
+      return kernels.scan_varying_rows;
+    case Strategy::kVaryingLanes:
+      return kernels.scan_varying_lanes;
+    case Strategy::kLanes:
+      return kernels.scan_lanes;
+    default:
+      return kernels.scan_rows;
+  }
 }
 
 void run(Problem& problem) {
@@ -91,7 +116,8 @@ void run(Problem& problem) {
   const Plan plan = make_plan(problem, static_cast<int>(threads));
   if (plan.strategy == Strategy::kCut)
     return run_cut(problem, kernels, plan, static_cast<int>(threads));
-  const auto scan = plan.strategy == Strategy::kLanes ? kernels.scan_lanes : kernels.scan_rows;
+  if (plan.strategy == Strategy::kVaryingCut) return run_varying_cut(problem, kernels, plan);
+  const auto scan = scan_of(kernels, plan.strategy);
   parallel(plan.items, plan.samples_per_item,
            [&](int64_t begin, int64_t end) { scan(problem, begin, end); });
 }

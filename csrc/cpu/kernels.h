@@ -1,6 +1,7 @@
 // The kernels of one level, as function pointers; levels/*.cpp define one table each.
 #pragma once
 
+#include "cpu/affine.h"
 #include "cpu/segment_end.h"
 #include "problem.h"
 #include "sum.h"
@@ -12,6 +13,13 @@ struct Kernels {
   void (*scan_rows)(const Problem&, int64_t begin, int64_t end);
   // Blocks of rows side by side: lanes.h.
   void (*scan_lanes)(const Problem&, int64_t begin, int64_t end);
+  // Those of varying.h, as rows, as blocks and as segments.
+  void (*scan_varying_rows)(const Problem&, int64_t begin, int64_t end);
+  void (*scan_varying_lanes)(const Problem&, int64_t begin, int64_t end);
+  void (*find_maps)(const Problem&, int64_t begin, int64_t end, Affine*);
+  void (*fold_maps)(const Problem&, int64_t begin, int64_t end, const Affine*, double* before);
+  void (*scan_varying_segments)(const Problem&, int64_t begin, int64_t end, const double* before);
+  void (*finish_varying_rows)(const Problem&, int64_t begin, int64_t end, const double* before);
   // Rows in segments, row * segments(problem) + segment: cut.h.
   void (*find_aggregates)(const Problem&, int64_t begin, int64_t end, Carry*);
   void (*scan_segments)(const Problem&, int64_t begin, int64_t end, const Carry*, SegmentEnd*);

@@ -32,7 +32,7 @@ EMA_EXT_INLINE void write(const Operand& operand, int64_t offset, double value) 
 // The offsets of one row in every operand, in elements.
 struct RowOffsets {
   int64_t x = 0, y = 0, coefficient = 0, start = 0, state = 0;
-  int64_t forward_x = 0, forward_start = 0, grad_coefficient = 0;
+  int64_t forward_x = 0, forward_y = 0, forward_start = 0, grad_coefficient = 0;
 
   // By `by` rows along axis d.
   EMA_EXT_INLINE void move(const Problem& problem, int d, int64_t by) {
@@ -42,6 +42,7 @@ struct RowOffsets {
     start += by * problem.start.row_strides[d];
     state += by * problem.state.row_strides[d];
     forward_x += by * problem.forward_x.row_strides[d];
+    forward_y += by * problem.forward_y.row_strides[d];
     forward_start += by * problem.forward_start.row_strides[d];
     grad_coefficient += by * problem.grad_coefficient.row_strides[d];
   }

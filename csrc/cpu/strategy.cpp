@@ -18,10 +18,7 @@ void move_axis(Problem& problem, int from, int to) {
       std::rotate(axes + to, axes + from, axes + from + 1);
   };
   rotate(problem.sizes);
-  for (Operand* operand :
-       {&problem.x, &problem.y, &problem.coefficient, &problem.start, &problem.state,
-        &problem.forward_x, &problem.forward_start, &problem.grad_coefficient})
-    rotate(operand->row_strides);
+  problem.for_each_operand([&](Operand& operand) { rotate(operand.row_strides); });
 }
 
 // The axis whose rows walk side by side, or -1: one along which they touch in every tensor of
@@ -41,12 +38,22 @@ int lane_axis(const Problem& problem) {
 }  // namespace
 
 Plan make_plan(Problem& problem, int threads) {
+  const bool varying = problem.varying || problem.op == Op::kLinearRecurrenceBackward;
   const int lane = lane_axis(problem);
   if (lane >= 0) {
     const int64_t width = problem.sizes[lane];
     move_axis(problem, lane, problem.ndim - 1);
-    const int64_t blocks = problem.rows / width * ((width + kLanesPerBlock - 1) / kLanesPerBlock);
-    return {Strategy::kLanes, blocks, problem.length * std::min<int64_t>(width, kLanesPerBlock)};
+    const int64_t lanes = varying ? varying_lanes(width) : kLanesPerBlock;
+    const int64_t blocks = problem.rows / width * ((width + lanes - 1) / lanes);
+    return {varying ? Strategy::kVaryingLanes : Strategy::kLanes, blocks,
+            problem.length * std::min<int64_t>(width, lanes)};
+  }
+  const int64_t count = segments(problem);
+  const bool cut = count > 1 && threads > 1 && problem.rows < 4 * threads;
+  if (varying) {
+    if (cut && problem.varying && problem.rows * count >= kVaryingCutItems * threads)
+      return {Strategy::kVaryingCut, problem.rows * count, kSegmentSamples};
+    return {Strategy::kVaryingRows, problem.rows, problem.length};
   }
   // Rows of one coefficient follow one another, so that its powers are computed once.
   if (problem.coefficient.data != nullptr) {
@@ -54,9 +61,7 @@ Plan make_plan(Problem& problem, int threads) {
     for (int d = 0; d < problem.ndim; ++d)
       if (problem.coefficient.row_strides[d] != 0) move_axis(problem, d, front++);
   }
-  const int64_t count = segments(problem);
-  if (count > 1 && threads > 1 && problem.rows < 4 * threads)
-    return {Strategy::kCut, problem.rows * count, kSegmentSamples};
+  if (cut) return {Strategy::kCut, problem.rows * count, kSegmentSamples};
   return {Strategy::kRows, problem.rows, problem.length};
 }
 

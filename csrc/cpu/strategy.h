@@ -8,9 +8,12 @@
 namespace ema_ext::cpu {
 
 enum class Strategy : int8_t {
-  kRows,   // each row from end to end: rows.h
-  kLanes,  // rows side by side in memory, or very short ones: lanes.h
-  kCut,    // few long rows, their segments on several threads: cut.h
+  kRows,          // each row from end to end: rows.h
+  kLanes,         // rows side by side in memory, or very short ones: lanes.h
+  kCut,           // few long rows, their segments on several threads: cut.h
+  kVaryingRows,   // a coefficient per sample, or an adjoint that needs y: varying.h; row by row
+  kVaryingLanes,  // the same, rows side by side
+  kVaryingCut,    // the same, few long rows, their segments on several threads
 };
 
 struct Plan {

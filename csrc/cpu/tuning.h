@@ -19,6 +19,10 @@ inline __attribute__((always_inline)) int64_t segments(const Problem& problem) {
   return (problem.length + kSegmentSamples - 1) / kSegmentSamples;
 }
 
+inline __attribute__((always_inline)) int64_t segment_length(const Problem& problem) {
+  return segments(problem) > 1 ? kSegmentSamples : problem.length;
+}
+
 // What finding a segment's aggregate takes of the time to scan it.
 constexpr double kAggregateCost = 0.6;
 
@@ -28,6 +32,21 @@ constexpr int64_t kShortRow = 32;
 // Samples that pass through a buffer in L1 at a time, where the kernel cannot read memory directly.
 // A multiple of every tile.
 constexpr int64_t kChunkSamples = 1024;
+
+// Samples, of one row or of many side by side, that pass through each of the float64 buffers of
+// varying.h: five of them fit into L1.
+constexpr int64_t kVaryingChunk = 256;
+static_assert(kSegmentSamples % kVaryingChunk == 0);
+
+// Segments per thread from which threads share them: finding what a segment does to the y before it
+// takes half as long as its scan, which two threads have to win back first.
+constexpr int64_t kVaryingCutItems = 4;
+
+// Rows side by side that pass through them together: whole cache lines, several of them, for the
+// sake of the memory; fewer where there are no more, for every lane costs the same.
+inline __attribute__((always_inline)) int64_t varying_lanes(int64_t width) {
+  return width > 32 ? 64 : width > 16 ? 32 : 16;
+}
 
 // Outputs from here on do not stay in the cache anyway: stores that pass it by save reading the
 // lines first.
