@@ -240,11 +240,11 @@ def test_compiled() -> None:
 @pytest.mark.parametrize(("shape", "dim"), [((40, 3000), 1), ((3, 3000, 40), 1), ((1, 800_000), 1)])
 def test_the_same_bits_from_any_number_of_threads(shape: tuple[int, ...], dim: int) -> None:
     """Catches a result or a sum over rows whose order depends on the threads."""
-    # float32 would hide what differs in float64 inside
-    dtype = torch.float64 if shape[0] == 1 else torch.float32
+    # for rows that are cut, in float64 and with a long memory: nothing is rounded or reset away
+    dtype, scale = (torch.float64, 1e-4) if shape[0] == 1 else (torch.float32, 1.0)
     x = signal(*shape, dtype=dtype)
-    per_step = weights(*(n if d == dim else 1 for d, n in enumerate(shape)), dtype=dtype)
-    for alpha in (per_step, weights(*shape, dtype=dtype)):
+    per_step = scale * weights(*(n if d == dim else 1 for d, n in enumerate(shape)), dtype=dtype)
+    for alpha in (per_step, scale * weights(*shape, dtype=dtype)):
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
