@@ -34,7 +34,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ema_ext import _checks, _ops
-from ema_ext._autograd import accumulate_dtype, ends, fused_backward
+from ema_ext._autograd import accumulate_dtype, ends, fused_backward, varies
 
 #: A piece is aggregated in parts of about this many samples, so that the scan's output, which
 #: nobody wants, stays in the cache and only x itself passes through memory.
@@ -233,7 +233,7 @@ class _EMA:
                 grad_y, grad_state, alpha, start is not None, dim, reverse
             )
             return grad_x, None, grad_start
-        return fused_backward(grad_y, grad_state, x, alpha, start, dim, reverse)
+        return fused_backward(grad_y, grad_state, x, None, alpha, start, dim, reverse)
 
     @staticmethod
     def power(alpha: float | Tensor, steps: int) -> Tensor:
@@ -394,12 +394,11 @@ def _scan(
 
 
 def _constant_in_time(alpha: float | Tensor, dim: int, x: Tensor) -> float | Tensor:
-    if isinstance(alpha, Tensor) and alpha.dim() >= (after := x.dim() - dim):
-        if alpha.shape[-after] != 1:
-            raise NotImplementedError(
-                f"alpha of shape {tuple(alpha.shape)} varies along dim {dim}, the dimension of "
-                f"time: ema_ext.distributed takes one that is constant in time"
-            )
+    if isinstance(alpha, Tensor) and varies(alpha, x, dim):
+        raise NotImplementedError(
+            f"alpha of shape {tuple(alpha.shape)} varies along dim {dim}, the dimension of "
+            f"time: ema_ext.distributed takes one that is constant in time"
+        )
     return alpha
 
 

@@ -145,6 +145,8 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
     """Arguments for every registered operator."""
     x, s = signal(2, 3, 5), signal(2, 5, seed=1)
     per_row = signal(2, 1, 5, seed=2).sigmoid()
+    weights = signal(3, 1, seed=4).sigmoid()
+    y, g = signal(2, 3, 5, seed=3), signal(2, 3, 5, seed=5)
     return {
         "ema.default": (x, 0.3, s, 1, False),
         "ema.Tensor": (x, per_row, s, 1, True),
@@ -152,7 +154,11 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
         "ema_with_state.Tensor": (x, per_row, s, 1, False),
         "ema_backward.default": (x, s, 0.3, True, 1, False),
         "ema_backward.Tensor": (x, s, signal(2, 3, 5, seed=3), per_row, s, 1, False),
-        "linear_recurrence.default": (per_row, x, s, 1, False),
+        "ema_backward.Varying": (g, s, x, weights, y, s, 1, False),
+        "linear_recurrence.default": (weights, x, s, 1, False),
+        "linear_recurrence_with_state.default": (per_row, x, s, 1, True),
+        "linear_recurrence_backward.default": (g, s, weights, y, s, 1, False),
+        "sum_to.default": (x, weights),
     }
 
 
