@@ -38,12 +38,6 @@ Tensor empty_without_dim(const Tensor& x, int64_t dim, ScalarType dtype) {
   return empty_strided(x, dtype, sizes, strides);
 }
 
-// Storage that was resized away leaves a tensor its shape, and no address.
-void check_memory(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.data_ptr() != nullptr || tensor.numel() == 0, name, " has ",
-                  tensor.numel(), " elements and no memory: its storage was freed");
-}
-
 }  // namespace
 
 void check_tensor(const char* name, const Tensor& tensor) {
@@ -53,6 +47,9 @@ void check_tensor(const char* name, const Tensor& tensor) {
                   " must be a strided tensor");
   STD_TORCH_CHECK(tensor.dim() <= kMaxDims, name, " has ", tensor.dim(), " dimensions, more than ",
                   kMaxDims);
+  // Storage that was resized away leaves a tensor its shape, and no address.
+  STD_TORCH_CHECK(tensor.data_ptr() != nullptr || tensor.numel() == 0, name, " has ",
+                  tensor.numel(), " elements and no memory: its storage was freed");
 }
 
 void check_samples(const Tensor& x, int64_t dim) {
