@@ -294,6 +294,14 @@ def what_differs_between_ranks_is_named() -> None:
 
 
 @check
+def weights_that_vary_in_time_raise() -> None:
+    """Catches one weight per step taken for one per row, wherever the time axis stands."""
+    for alpha in (torch.rand(9), torch.rand(2, 9)):
+        with pytest.raises(NotImplementedError, match="varies along dim 1"):
+            distributed.ema(signal(2, 9), alpha)
+
+
+@check
 def second_order_raises() -> None:
     """Catches a second derivative that is silently zero."""
     x = signal(2, 9).requires_grad_()

@@ -398,7 +398,7 @@ def garbage() -> Iterator[tuple[str, Case]]:
                     except (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError):
                         continue
                     assert name not in NEVER, f"{name} is taken"
-                    samples = schema.arguments[i].name in ("x", "grad_y", "b")
+                    samples = schema.arguments[i].name in ("x", "grad_y", "b", "terms")
                     assert samples or name not in ONLY_SAMPLES, f"{name} is taken"
                     for tensor in result if isinstance(result, tuple) else (result,):
                         if tensor.device.type == "cpu" and tensor.layout == torch.strided:
