@@ -42,6 +42,15 @@ def prepare(x: Any, dim: int, name: str = "x") -> None:
     _register()
 
 
+def refuse(name: str, value: Any) -> None:
+    """TypeError if value is a DTensor, where a rank's own piece is wanted."""
+    if _is_dtensor(value):
+        raise TypeError(
+            f"{name} must be this rank's piece, got a DTensor of {value.placements}: "
+            f"pass {name}.to_local()"
+        )
+
+
 def beside(x: Any, number: Tensor) -> Tensor:
     """A number that stands beside x in an operator: a DTensor as well if x is one."""
     if not _is_dtensor(x):
@@ -52,7 +61,7 @@ def beside(x: Any, number: Tensor) -> Tensor:
     return DTensor.from_local(number.to(x.device), mesh, [Replicate()] * mesh.ndim)
 
 
-def _is_dtensor(x: Tensor) -> bool:
+def _is_dtensor(x: Any) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import bounds
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -79,7 +80,7 @@ def _work(rank: int, world: int, checks: Sequence[Check], folder: str) -> None:
     for check in checks:
         try:
             check()
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             failures[check.__name__] = f"rank {rank} of {world}\n{traceback.format_exc()}"
     torch.save((failures, bounds.WORST), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -29,6 +29,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import ema_ext
 from ema_ext import distributed
+from ema_ext._autograd import varies
 
 CHECKS: list[ranks.Check] = []
 
@@ -65,63 +66,132 @@ def parts_of(samples: int) -> Iterator[None]:
         distributed.PART_SAMPLES, distributed.PART_STEPS = before
 
 
-def compare(
-    x: Tensor,
-    alpha: float | Tensor,
-    sizes: list[int],
-    *,
-    dim: int = -1,
-    state: Tensor | None = None,
-    reverse: bool = False,
-    layout: str = "contiguous",
-) -> None:
-    """Hold outputs, state and gradients of all ranks together to the oracle."""
-    options: dict[str, Any] = {"dim": dim, "reverse": reverse}
-    grad_y = signal(*x.shape, dtype=x.dtype, seed=8)
-    piece = LAYOUTS[layout](cut(x, sizes, dim)).requires_grad_()
-    own_alpha = alpha.clone().requires_grad_() if isinstance(alpha, Tensor) else alpha
-    start = None if state is None else state.clone().requires_grad_()
-    some = state is not None or x.shape[dim] > 0
-    y = distributed.ema(piece, own_alpha, initial_state=start, return_state=some, **options)
-    y, last = y if some else (y, None)
-    assert y.dtype == x.dtype
-    grad_state = None
-    outputs, gradients = [y], [cut(grad_y, sizes, dim)]
-    if last is not None:
-        assert last.dtype == bounds.accumulate_dtype(x.dtype)
-        assert all(torch.equal(last, other) for other in each(last))
-        # each rank's loss has its own share in the state
-        shares = signal(dist.get_world_size(), *last.shape, seed=9).to(last.dtype)
-        outputs, gradients = [y, last], [*gradients, shares[dist.get_rank()]]
-        grad_state = shares.double().sum(0)
-    wanted = [value for value in (piece, own_alpha, start) if isinstance(value, Tensor)]
-    found = iter(torch.autograd.grad(outputs, wanted, gradients))
-    grad_x, *shared = [next(found), *found]
+def piece_of(coefficient: Any, x: Tensor, sizes: list[int], dim: int) -> Any:
+    """This rank's piece of an alpha or a that varies in time, or the whole of one that does not, as
+    a leaf of its own; a number as it is."""
+    if not isinstance(coefficient, Tensor):
+        return coefficient
+    axis = dim % x.dim() - x.dim()
+    if varies(coefficient, x, dim % x.dim()):
+        return cut(coefficient, sizes, axis).requires_grad_()
+    return coefficient.clone().requires_grad_()
 
-    y, grad_x = whole(y, dim), whole(grad_x, dim)
-    sums = [torch.stack(each(share)).double() for share in shared]
+
+class Run:
+    """One call of a sharded function with its first gradients, brought together on every rank.
+
+    Each rank's loss has a part of its own in y and a share of its own in the state.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        x: Tensor,
+        coefficient: Any,
+        sizes: list[int],
+        *,
+        dim: int = -1,
+        state: Tensor | None = None,
+        reverse: bool = False,
+        layout: str = "contiguous",
+        create_graph: bool = False,
+        some: bool = True,
+    ) -> None:
+        self.piece = LAYOUTS[layout](cut(x, sizes, dim)).requires_grad_()
+        self.coefficient = piece_of(coefficient, x, sizes, dim)
+        self.start = None if state is None else state.clone().requires_grad_()
+        self.grad_y = signal(*x.shape, dtype=x.dtype, seed=8)
+        result = function(
+            self.piece, self.coefficient, initial_state=self.start, return_state=some, dim=dim,
+            reverse=reverse,
+        )  # fmt: skip
+        y, self.state = result if some else (result, None)
+        assert y.dtype == x.dtype
+        outputs, gradients = [y], [cut(self.grad_y, sizes, dim)]
+        self.grad_state: Tensor | None = None
+        if self.state is not None:
+            assert self.state.dtype == bounds.accumulate_dtype(x.dtype)
+            assert all(torch.equal(self.state, other) for other in each(self.state))
+            shares = signal(dist.get_world_size(), *self.state.shape, seed=9).to(self.state.dtype)
+            outputs, gradients = [y, self.state], [*gradients, shares[dist.get_rank()]]
+            self.grad_state = shares.double().sum(0)
+        wanted = [v for v in (self.piece, self.coefficient, self.start) if isinstance(v, Tensor)]
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=create_graph))
+        self.y, self.grad_x = whole(y, dim), whole(next(found), dim)
+        self.grad_coefficient = self.grad_start = None
+        self.rounding = [0.0, 0.0]
+        if isinstance(coefficient, Tensor):
+            self.grad_coefficient, self.rounding[0] = self.joined(next(found), coefficient, x, dim)
+        if state is not None:
+            self.grad_start, self.rounding[1] = self.joined(next(found), state, x, None)
+
+    @staticmethod
+    def joined(found: Tensor, value: Tensor, x: Tensor, dim: int | None) -> tuple[Tensor, Any]:
+        """The gradient as one, and how far it may be off as each rank's share was stored."""
+        if dim is not None and varies(value, x, dim % x.dim()):
+            return whole(found, dim % x.dim() - x.dim()), 0.0
+        shares = torch.stack(each(found)).double()
+        return shares.sum(0), bounds.unit(value.dtype) * shares.abs().sum(0).numpy()
+
+
+def compare(
+    x: Tensor, alpha: float | Tensor, sizes: list[int], *, state: Tensor | None = None,
+    roundings: bounds.Roundings | None = None, label: str = "sharded", **options: Any,
+) -> None:  # fmt: skip
+    """Hold outputs, state and gradients of all ranks together to the oracle."""
+    dim, reverse = options.get("dim", -1), options.get("reverse", False)
+    some = state is not None or x.shape[dim] > 0
+    run = Run(distributed.ema, x, alpha, sizes, state=state, some=some, **options)
     if dist.get_rank():
         return
-    bounds.check_forward(y, x, alpha, initial_state=state, label="sharded", **options)
-    if last is not None and x.shape[dim]:
-        exact = torch.from_numpy(
-            bounds.oracle.ema(x, alpha, initial_state=state, **options).astype("float64")
-        ).select(dim, 0 if reverse else -1)
-        limit = bounds.pointwise_bound(x, alpha, initial_state=state, **options)
-        limit = torch.from_numpy(limit.astype("float64")).select(dim, 0 if reverse else -1)
-        bounds.assert_within(last, exact, limit, "sharded state")
-    options |= {"initial_state": state, "grad_state": grad_state}
-    bounds.check_backward((grad_x, None, None), grad_y, x, alpha, label="sharded", **options)
-    expected = bounds.oracle.ema_backward(grad_y, x, alpha, **options)
-    limits = bounds.gradient_bounds(grad_y, x, alpha, **options)
-    names = ["alpha"] * isinstance(alpha, Tensor) + ["initial_state"] * (state is not None)
-    for name, shares, share in zip(names, sums, shared, strict=True):
-        # each share is stored in the argument's dtype before they are summed
-        rounding = bounds.unit(share.dtype) * shares.abs().sum(0).numpy()
-        bounds.assert_within(
-            shares.sum(0), getattr(expected, name), getattr(limits, name) + rounding,
-            f"sharded grad {name}",
-        )  # fmt: skip
+    varying = isinstance(alpha, Tensor) and varies(alpha, x, dim % x.dim())
+    kind = bounds.VARYING if varying else bounds.KERNEL
+    label = f"{label} varying" if varying else label
+    call: dict[str, Any] = {"dim": dim, "reverse": reverse, "initial_state": state}
+    bounds.check_forward(run.y, x, alpha, label=label, roundings=kind, **call)
+    if run.state is not None and x.shape[dim]:
+        exact = torch.from_numpy(bounds.oracle.ema(x, alpha, **call).astype("float64"))
+        limit = bounds.pointwise_bound(x, alpha, roundings=kind, **call)
+        last = 0 if reverse else -1
+        limit = torch.from_numpy(limit.astype("float64")).select(dim, last)
+        bounds.assert_within(run.state, exact.select(dim, last), limit, f"{label} state")
+    call |= {"grad_state": run.grad_state}
+    kind = roundings or kind
+    bounds.check_backward(
+        (run.grad_x, None, None), run.grad_y, x, alpha, label=label, roundings=kind, **call
+    )
+    expected = bounds.oracle.ema_backward(run.grad_y, x, alpha, **call)
+    limits = bounds.gradient_bounds(run.grad_y, x, alpha, roundings=kind, **call)
+    for name, found, rounding in zip(
+        ("alpha", "initial_state"),
+        (run.grad_coefficient, run.grad_start),
+        run.rounding,
+        strict=True,
+    ):
+        if found is not None:
+            limit = getattr(limits, name) + rounding
+            bounds.assert_within(found, getattr(expected, name), limit, f"{label} grad {name}")
+
+
+def compare_recurrence(
+    a: Any, b: Tensor, sizes: list[int], *, state: Tensor | None = None, **options: Any
+) -> None:
+    """The same for linear_recurrence. b has the whole shape; a shared a is of float64, so that
+    storing each rank's share of its gradient costs nothing."""
+
+    def call(b: Tensor, a: Any, **options: Any) -> Any:
+        return distributed.linear_recurrence(a, b, **options)
+
+    run = Run(call, b, a, sizes, state=state, **options)
+    if dist.get_rank():
+        return
+    options = {"dim": options.get("dim", -1), "reverse": options.get("reverse", False)}
+    options |= {"initial_state": state, "label": "sharded recurrence"}
+    bounds.check_recurrence(run.y, a, b, **options)
+    gradients = run.grad_coefficient, run.grad_x, run.grad_start
+    bounds.check_recurrence_backward(
+        gradients, run.grad_y, a, b, grad_state=run.grad_state, **options
+    )
 
 
 @check
@@ -253,7 +323,7 @@ def traffic_is_independent_of_the_length() -> None:
         with counted() as sent:
             y = distributed.ema(x, 0.1)
             y.sum().backward()
-        assert sent == [16, 16 * 5, 8 * 5]
+        assert sent == [16, 24 * 5, 8 * 5]
 
 
 @check
@@ -291,23 +361,6 @@ def what_differs_between_ranks_is_named() -> None:
         with pytest.raises(ValueError, match=message):
             call()
     assert torch.equal(distributed.ema(torch.ones(5), 0.1), torch.ones(5))
-
-
-@check
-def weights_that_vary_in_time_raise() -> None:
-    """Catches one weight per step taken for one per row, wherever the time axis stands."""
-    for alpha in (torch.rand(9), torch.rand(2, 9)):
-        with pytest.raises(NotImplementedError, match="varies along dim 1"):
-            distributed.ema(signal(2, 9), alpha)
-
-
-@check
-def second_order_raises() -> None:
-    """Catches a second derivative that is silently zero."""
-    x = signal(2, 9).requires_grad_()
-    (first,) = torch.autograd.grad(distributed.ema(x, 0.1).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
 
 
 class Forecast(nn.Module):
