@@ -27,18 +27,26 @@ _RESULTS = {
     "linear_recurrence": ("x",),
     "linear_recurrence_with_state": ("x", "state"),
     "linear_recurrence_backward": ("grad_alpha", "x", "state"),
+    "sum_to": ("grad_alpha",),
 }
 
 
-def prepare(x: Any, dim: int, name: str = "x") -> None:
-    """If x is a DTensor, let it run the operators; ValueError if it is sharded along ``dim``."""
-    if not _is_dtensor(x):
+def prepare(dim: int, /, **arguments: Any) -> None:
+    """If the first of the arguments, by name, is a DTensor, let it run the operators; ValueError if
+    any that expands to it is sharded along ``dim``, which is one of the first's."""
+    whole, *_ = arguments.values()
+    if not _is_dtensor(whole):
         return
-    if any(placement.is_shard(dim) for placement in x.placements):
-        raise ValueError(
-            f"{name} is sharded along dim {dim}, the dimension of time: {x.placements}; "
-            f"ema_ext.distributed takes the local piece, {name}.to_local(), and the mesh's group"
-        )
+    for name, value in arguments.items():
+        if not _is_dtensor(value):
+            continue
+        axis = dim - whole.dim() + value.dim()
+        if axis >= 0 and any(placement.is_shard(axis) for placement in value.placements):
+            raise ValueError(
+                f"{name} is sharded along dim {axis}, the dimension of time: {value.placements}; "
+                f"ema_ext.distributed takes the local piece, {name}.to_local(), and the mesh's "
+                f"group"
+            )
     _register()
 
 
@@ -81,7 +89,8 @@ def _placements(operator: str, *arguments: Any) -> list[tuple[list[Any], list[An
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     roles = _ops.ROLES[operator]
-    x, time = arguments[roles.index("x")], arguments[roles.index("dim")]
+    x = arguments[roles.index("x")]
+    time = arguments[roles.index("dim")] if "dim" in roles else x.ndim
     alpha: Any = arguments[roles.index("alpha")] if "alpha" in roles else None
 
     def shard(role: str, shape: Any, sharded: int) -> Any:

@@ -201,9 +201,11 @@ def linear_recurrence(
         group, dim, initial_state, reverse, return_state: as in `ema_ext.distributed.ema`.
 
     Returns:
-        This rank's piece of ``y``, or ``(y, state)``, within the error of a single process, unless
-        a single process overflows: a state beyond the range of float64 that a = 0 then resets (to
-        NaN, as in the loop) before its piece ends is, to the ranks that follow, just reset.
+        This rank's piece of ``y``, or ``(y, state)``, within the error of a single process, as long
+        as no state overflows. From rank to rank, as from chunk to chunk, the state is one of the
+        accumulate dtype and may be infinite where a single process still carries a float64 on; and
+        one that left the range of float64 and met a = 0 in the same piece is NaN there and, to the
+        ranks that follow, reset.
 
     Gradients of any order reach a, b and initial_state as those of `ema` reach their arguments;
     where a wants one, b and y are kept.
@@ -280,11 +282,11 @@ class _EMA:
         adjoint: Tensor, alpha: Coefficient, x: Start, before: Start
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients to x and alpha from lambda, x and y[n-1], by differentiable operations."""
-        weight = torch.as_tensor(alpha, device=adjoint.device)
-        grad_x = weight.to(adjoint.dtype) * adjoint
-        if x is None or before is None:
-            return grad_x, None
-        return grad_x, sum_to(adjoint * (x.to(adjoint.dtype) - before), weight.detach())
+        weight = torch.as_tensor(alpha, dtype=adjoint.dtype, device=adjoint.device)
+        if not isinstance(alpha, Tensor) or x is None or before is None:
+            return weight * adjoint, None
+        grad_alpha = sum_to(adjoint * (x.to(adjoint.dtype) - before), alpha.detach())
+        return weight * adjoint, grad_alpha
 
 
 class _LinearRecurrence:
@@ -337,10 +339,9 @@ class _LinearRecurrence:
     def composed(
         adjoint: Tensor, a: Coefficient, _: Start, before: Start
     ) -> tuple[Tensor, Tensor | None]:
-        if before is None:
+        if not isinstance(a, Tensor) or before is None:
             return adjoint, None
-        like = torch.as_tensor(a, device=adjoint.device).detach()
-        return adjoint, sum_to(adjoint * before, like)
+        return adjoint, sum_to(adjoint * before, a.detach())
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,8 @@ def _general(
     """ema for every kind of argument."""
     x = _checks.input_tensor("x", x)
     dim = _checks.dimension(dim, x)
-    _sharding.prepare(x, dim)
     alpha = _checks.smoothing_weight(alpha, x)
+    _sharding.prepare(dim, x=x, alpha=alpha)
     state = _checks.start_state(initial_state, x, dim)
     if state is not None and not isinstance(initial_state, Tensor):
         state = _sharding.beside(x, state)
@@ -264,6 +264,7 @@ def linear_recurrence(
         >>> linear_recurrence(torch.tensor([0.5, 0.5, 0.0, 2.0]), torch.ones(4))
         tensor([1.0000, 1.5000, 1.0000, 3.0000])
     """
+    number = not isinstance(a, Tensor)
     a, b, shape = _checks.recurrence(a, b)
     arguments = [t for t in (a, b, initial_state) if isinstance(t, Tensor)]
     required = any(tensor.requires_grad for tensor in arguments)
@@ -271,8 +272,12 @@ def linear_recurrence(
     if b.shape != shape:
         b = _autograd.expand(b, b.dtype, *shape) if differentiable else b.expand(shape)
     dim = _checks.dimension(dim, b)
-    _sharding.prepare(b, dim, "b")
+    _sharding.prepare(dim, b=b, a=a)
     state = _checks.start_state(initial_state, b, dim, "b")
+    if number:
+        a = _sharding.beside(b, a)
+    if state is not None and not isinstance(initial_state, Tensor):
+        state = _sharding.beside(b, state)
     reverse = bool(reverse)
     if differentiable:
         if state is not None:

@@ -6,6 +6,7 @@ A check is a function of no arguments that every rank calls; it may use torch.di
 from __future__ import annotations
 
 import datetime
+import json
 import tempfile
 import time
 import traceback
@@ -28,19 +29,27 @@ PATIENCE, LIMIT = 30, 150
 def run(checks: Sequence[Check], world: int) -> dict[str, str]:
     """Name of each check -> the traceback of the first rank that it failed on, or "".
 
-    Every rank runs all of them, in order, in one process each.
+    Every rank runs them, in order, in one process each, up to the first that fails: what a rank
+    that has failed sends, or does not, is the others' next failure. The rest did not run.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = start(_work, (world, checks, folder), world)
+        ended = "the others ended"
         try:
             wait(context, LIMIT)
+        except (TimeoutError, mp.ProcessExitedException) as error:
+            ended = str(error)
         finally:
             for process in context.processes:
                 process.kill()
-        found = dict.fromkeys((check.__name__ for check in checks), "")
+        found = {check.__name__: "" for check in checks}
         for rank in range(world):
-            failures, worst = torch.load(Path(folder) / f"{rank}.pt")
-            found |= {name: text for name, text in failures.items() if not found[name]}
+            path = Path(folder) / f"{rank}.json"
+            results, worst = json.loads(path.read_text()) if path.exists() else ({}, {})
+            for name in found:
+                found[name] = found[name] or results.get(
+                    name, f"rank {rank} did not run it: {ended}"
+                )
             for label, ratio in worst.items():
                 bounds.WORST[label] = max(bounds.WORST.get(label, 0.0), ratio)
         return found
@@ -76,13 +85,16 @@ def join_group(rank: int, world: int, folder: str, seconds: float = PATIENCE) ->
 
 def _work(rank: int, world: int, checks: Sequence[Check], folder: str) -> None:
     join_group(rank, world, folder)
-    failures = {}
+    results: dict[str, str] = {}
     for check in checks:
         try:
             check()
+            results[check.__name__] = ""
         except (Exception, pytest.fail.Exception):
-            failures[check.__name__] = f"rank {rank} of {world}\n{traceback.format_exc()}"
-    torch.save((failures, bounds.WORST), Path(folder) / f"{rank}.pt")
+            results[check.__name__] = f"rank {rank} of {world}\n{traceback.format_exc()}"
+        (Path(folder) / f"{rank}.json").write_text(json.dumps((results, bounds.WORST)))
+        if results[check.__name__]:
+            return
     dist.destroy_process_group()
 
 

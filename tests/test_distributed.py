@@ -18,6 +18,7 @@ import torch.distributed as dist
 from cases import DTYPES, LAYOUTS, signal
 from ranks import cut, each, whole
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.tensor import (
     Placement,
     Replicate,
@@ -26,9 +27,10 @@ from torch.distributed.tensor import (
     init_device_mesh,
 )
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.func import grad, jacrev, jvp, vmap
 
 import ema_ext
-from ema_ext import distributed
+from ema_ext import EMA, distributed
 from ema_ext._autograd import varies
 
 CHECKS: list[ranks.Check] = []
@@ -185,6 +187,10 @@ def compare_recurrence(
     run = Run(call, b, a, sizes, state=state, **options)
     if dist.get_rank():
         return
+    if not run.y.numel():
+        assert run.grad_start is None or torch.equal(run.grad_start, run.grad_state)
+        assert run.grad_coefficient is None or not run.grad_coefficient.any()
+        return
     options = {"dim": options.get("dim", -1), "reverse": options.get("reverse", False)}
     options |= {"initial_state": state, "label": "sharded recurrence"}
     bounds.check_recurrence(run.y, a, b, **options)
@@ -330,7 +336,7 @@ def traffic_is_independent_of_the_length() -> None:
 def what_differs_between_ranks_is_named() -> None:
     """Catches a hang, or garbage, where ranks disagree: every rank is told, and goes on."""
     last = dist.get_world_size() - 1
-    odd = dist.get_rank() == last
+    odd, dtypes = dist.get_rank() == last, (torch.float32, torch.float64)
     cases: list[tuple[str, Callable[[], Any]]] = [
         (
             rf"shape of x without dim 1 .* \(3,\) on rank 0 and \(4,\) on rank {last}",
@@ -338,7 +344,7 @@ def what_differs_between_ranks_is_named() -> None:
         ),
         (
             f"dtype of x .* torch.float32 on rank 0 and torch.float64 on rank {last}",
-            lambda: distributed.ema(torch.ones(5, dtype=[torch.float, torch.double][odd]), 0.1),
+            lambda: distributed.ema(torch.ones(5, dtype=dtypes[odd]), 0.1),
         ),
         (
             f"dimensions of x .* 1 on rank 0 and 2 on rank {last}",
@@ -353,6 +359,24 @@ def what_differs_between_ranks_is_named() -> None:
             lambda: distributed.ema(torch.ones(5, requires_grad=odd), 0.1),
         ),
         (
+            f"alpha requires a gradient .* False on rank 0 and True on rank {last}",
+            lambda: distributed.ema(
+                torch.ones(5, requires_grad=True), torch.tensor(0.1, requires_grad=odd)
+            ),
+        ),
+        (
+            f"function called .* ema on rank 0 and linear_recurrence on rank {last}",
+            lambda: (
+                distributed.linear_recurrence(0.1, torch.ones(5))
+                if odd
+                else distributed.ema(torch.ones(5), 0.1)
+            ),
+        ),
+        (
+            f"dtype of b .* torch.float32 on rank 0 and torch.float64 on rank {last}",
+            lambda: distributed.linear_recurrence(0.1, torch.ones(5, dtype=dtypes[odd])),
+        ),
+        (
             "no sample on any rank and initial_state is None",
             lambda: distributed.ema(torch.ones(3, 0), 0.1, return_state=True),
         ),
@@ -363,18 +387,258 @@ def what_differs_between_ranks_is_named() -> None:
     assert torch.equal(distributed.ema(torch.ones(5), 0.1), torch.ones(5))
 
 
+def weights(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Weights between 0 and 1, most of them small, now and then 0 and 1 themselves."""
+    alpha = signal(*shape, seed=4).sigmoid() ** 4
+    pick = signal(*shape, seed=5)
+    return torch.where(pick > 2, 1.0, torch.where(pick < -2, 0.0, alpha)).to(dtype)
+
+
+def ratios(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Numbers between -1 and 1, most of them near 1, now and then 0: a reset."""
+    a = 1 - 2 * signal(*shape, seed=4).sigmoid() ** 4
+    return torch.where(signal(*shape, seed=5) > 2, 0.0, a).to(dtype)
+
+
+@check
+def weights_that_vary_in_time() -> None:
+    """Catches a product of the wrong steps, the shift of the adjoint's weights, and a piece of
+    alpha that belongs to another rank."""
+    cases = itertools.product(CUTS, (False, True), (False, True))
+    for k, (sizes, reverse, with_state) in enumerate(cases):
+        own = lengths(*sizes)
+        x, alpha = 3 + signal(2, sum(own), seed=1), weights(*((), (1,), (2,))[k % 3], sum(own))
+        compare(x, alpha, own, state=signal(2, seed=2) if with_state else None, reverse=reverse)
+
+
+@check
+def every_dtype_and_dim_of_weights_that_vary() -> None:
+    """Catches a product in a half type, and a time axis of alpha counted from the front."""
+    own = lengths(9, 40, 0, 17)
+    for dtype, dim in itertools.product(DTYPES, (0, 1, 2)):
+        shape = [3, 4, 5]
+        shape[dim] = sum(own)
+        x = signal(*shape, dtype=dtype)
+        layout = list(LAYOUTS)[(dim + DTYPES.index(dtype)) % len(LAYOUTS)]
+        for drop in range(3):
+            sizes = [1 if i == drop != dim else size for i, size in enumerate(shape)]
+            compare(x, weights(*sizes, dtype=dtype), own, dim=dim, layout=layout)
+
+
+@check
+def recurrences() -> None:
+    """Catches a start of x[0] where 0 is due, and a or b expanded on one rank only."""
+    cases = itertools.product(CUTS, (False, True), (False, True))
+    for k, (sizes, reverse, with_state) in enumerate(cases):
+        own = lengths(*sizes)
+        b = signal(2, sum(own), seed=1)
+        a = (0.99, torch.tensor([[0.999], [-0.7]]).double(), ratios(sum(own)), ratios(2, sum(own)))
+        state = signal(2, seed=2) if with_state else None
+        for coefficient in (a[k % 4], a[(k + 2) % 4]):
+            compare_recurrence(coefficient, b, own, state=state, reverse=reverse)
+
+
+@check
+def every_dtype_and_dim_of_a_recurrence() -> None:
+    """Catches a state rounded to a half type, and rows mixed up between two layouts."""
+    own = lengths(9, 40, 0, 17)
+    for dtype, dim, reverse in itertools.product(DTYPES, (0, 1, 2), (False, True)):
+        shape = [3, 4, 5]
+        shape[dim] = sum(own)
+        layout = list(LAYOUTS)[(dim + 2 * reverse) % len(LAYOUTS)]
+        a, b = ratios(*shape, dtype=dtype), signal(*shape, dtype=dtype)
+        compare_recurrence(a, b, own, dim=dim, reverse=reverse, layout=layout)
+
+
+@check
+def both_of_a_recurrence_broadcast() -> None:
+    """Catches b's gradient in the shape that a gave it, and a b that is constant in time."""
+    own = lengths(9, 40, 3, 17)
+    steps = own[dist.get_rank()]
+    a, b = cut(ratios(2, 1, sum(own)), own).requires_grad_(), signal(3, 1).requires_grad_()
+    y = distributed.linear_recurrence(a, b)
+    assert y.shape == (2, 3, steps)
+    grad_a, grad_b = torch.autograd.grad(y.sum(), (a, b))
+    whole_a, whole_b = ratios(2, 1, sum(own)).requires_grad_(), signal(3, 1).requires_grad_()
+    expected = ema_ext.linear_recurrence(whole_a, whole_b)
+    torch.testing.assert_close(whole(y), expected)
+    both = torch.autograd.grad(expected.sum(), (whole_a, whole_b))
+    torch.testing.assert_close(whole(grad_a), both[0])
+    torch.testing.assert_close(sum(each(grad_b)), both[1])
+
+
+@check
+def coefficients_per_step_aggregated_in_parts() -> None:
+    """Catches a part with the coefficients of another, and a product that leaves one out."""
+    own = lengths(130, 77, 0, 64)
+    for dtype, reverse in itertools.product((torch.float32, torch.float64), (False, True)):
+        x = 3 + signal(2, sum(own), dtype=dtype)
+        for samples in (32, 20):
+            with parts_of(samples):
+                compare(x, weights(2, sum(own)), own, state=signal(2, seed=2), reverse=reverse)
+                compare_recurrence(ratios(sum(own)), x, own, reverse=reverse)
+                compare_recurrence(0.98, x, own, state=signal(2, seed=2), reverse=reverse)
+
+
+@check
+def products_beyond_float64() -> None:
+    """Catches 2 ** 1500 taken for infinity where the state that it meets is 1e-200, 0.5 ** 1500
+    taken for 0 where it is 1e300, and a product that a zero or an infinity ends wrongly."""
+    own = lengths(1500, 700, 4, 10)
+    total = sum(own)
+    for ratio, start in ((2.0, 1e-300), (-2.0, 1e-300), (0.5, 1e300), (0.5, 0.0), (2.0, 0.0)):
+        steps = torch.full((total,), ratio, dtype=torch.float64)
+        steps[1500:] = 1 / ratio
+        zeros = torch.zeros(1, total, dtype=torch.float64)
+        state = torch.tensor([start]).double()
+        for a in (steps, torch.tensor(ratio).double()):
+            if abs(ratio) > 1 and a.dim() == 0 and total > 1500 + 700:
+                continue  # of a rank that leaves float64 for good
+            piece = piece_of(a, zeros, own, -1)
+            with torch.no_grad():
+                y = distributed.linear_recurrence(piece, cut(zeros, own), initial_state=state)
+            expected = ema_ext.linear_recurrence(a, zeros, initial_state=state)
+            torch.testing.assert_close(whole(y), expected, rtol=1e-12, atol=0.0)
+    # what comes before a reset is forgotten if it is finite, and NaN otherwise
+    for value in (3.0, torch.inf, torch.nan):
+        b, a = torch.zeros(1, total, dtype=torch.float64), torch.full((total,), 0.5).double()
+        b[0, 3], a[1502] = value, 0.0
+        y = whole(distributed.linear_recurrence(cut(a, own), cut(b, own)))
+        alone = ema_ext.linear_recurrence(a, b)
+        torch.testing.assert_close(y, alone, rtol=1e-12, atol=0.0, equal_nan=True)
+
+
+@check
+def an_aggregate_beyond_float32() -> None:
+    """Catches an infinite aggregate, which is nobody's y, where the carry that it meets brings it
+    back: inf - inf."""
+    own = lengths(3, 2, 4, 4)
+    a, b = torch.ones(sum(own)), torch.zeros(1, sum(own))
+    b[0, 0], a[3:5], b[0, 3] = 2.0**33, 2.0**66, -(2.0**99)  # 2 ** 66 * 2 ** 33 - 2 ** 99 = 0
+    for reverse in (False, True):
+        if reverse:
+            own, a, b = own[::-1], a.flip(0), b.flip(1)
+        y, state = distributed.linear_recurrence(
+            cut(a, own), cut(b, own), reverse=reverse, return_state=True
+        )
+        assert torch.equal(whole(y), ema_ext.linear_recurrence(a, b, reverse=reverse))
+        assert state == 0
+
+
+@check
+def the_first_sample_may_be_infinite() -> None:
+    """Catches 0 * inf at the first sample, which is copied, whatever its weight."""
+    own = lengths(0, 4, 4, 4)
+    x = torch.ones(1, sum(own))
+    x[0, 0] = torch.inf
+    for alpha in (0.0, torch.zeros(sum(own)), torch.zeros(1)):
+        y = whole(distributed.ema(cut(x, own), piece_of(alpha, x, own, -1)))
+        assert (y == torch.inf).all()
+
+
+DERIVATIVES: dict[str, tuple[Callable[..., Any], Any, bool, bool]] = {
+    "ema, float alpha": (distributed.ema, 0.3, False, True),
+    "ema, no start": (distributed.ema, torch.tensor(0.3).double(), False, False),
+    "ema, per row, reverse": (distributed.ema, signal(2, 1).sigmoid(), True, True),
+    "ema, per step": (distributed.ema, weights(2, 40), False, True),
+    "ema, per step, no start, reverse": (distributed.ema, weights(40), True, False),
+    "recurrence": (
+        distributed.linear_recurrence,
+        torch.tensor([[0.9], [-0.5]]).double(),
+        True,
+        True,
+    ),
+    "recurrence, per step": (distributed.linear_recurrence, ratios(2, 40), False, True),
+    "recurrence, per step, reverse": (distributed.linear_recurrence, ratios(40), True, False),
+}
+
+
+@check
+def every_order() -> None:
+    """Catches a second derivative that is zero, stays within its rank, or asks the ranks for
+    messages in different orders."""
+    for cuts, (function, coefficient, reverse, with_state) in itertools.product(
+        ((10, 17, 1, 12), (0, 30, 0, 10)), DERIVATIVES.values()
+    ):
+        own = lengths(*cuts)
+        own[-1] += 40 - sum(own)
+        x, state = signal(2, 40), signal(2, seed=2) if with_state else None
+        # what all ranks have in common has no time of the sequence's: the state, a constant
+        values = [("x", x), ("coefficient", coefficient), ("state", state)]
+        tensors = [(name, v) for name, v in values if isinstance(v, Tensor)]
+
+        def piece(name: str, value: Tensor, x: Tensor = x, own: list[int] = own) -> Tensor:
+            return value.clone() if name == "state" else piece_of(value, x, own, -1).detach()
+
+        def loss(f: Any, args: dict[str, Any], share: float, reverse: bool = reverse) -> Tensor:
+            pair = args["x"], args["coefficient"]
+            options = {"initial_state": args["state"], "return_state": True, "reverse": reverse}
+            y, last = f(*(pair if f.__name__ == "ema" else pair[::-1]), **options)
+            return y.square().sum() + share * last.pow(3).sum()
+
+        ours = dict(values) | {n: piece(n, v).requires_grad_() for n, v in tensors}
+        theirs = dict(values) | {n: v.clone().requires_grad_() for n, v in tensors}
+        one = loss(function, ours, 1 / dist.get_world_size())
+        other = loss(getattr(ema_ext, function.__name__), theirs, 1.0)
+        for order in (1, 2, 3):
+            found = torch.autograd.grad(one, [ours[n] for n, _ in tensors], create_graph=True)
+            expected = torch.autograd.grad(
+                other, [theirs[n] for n, _ in tensors], create_graph=True
+            )
+            one, other = torch.zeros(()), torch.zeros(())
+            for (name, value), got, want in zip(tensors, found, expected, strict=True):
+                time = None if name == "state" else -1
+                joined, _ = Run.joined(got, value, x, time)
+                # sums of at most 40 products for every order, each as good as a loop's
+                error = (joined - want.detach()).abs().max() / want.detach().abs().max()
+                assert error <= 6 * 40**order * bounds.unit(torch.float64), (order, name, error)
+                # linear in the gradients, so that the ranks' shares of a shared one add up
+                weight = signal(*value.shape, seed=order)
+                one = one + (got * piece(name, weight)).sum()
+                other = other + (want * weight).sum()
+
+
+@check
+def what_is_not_supported_raises() -> None:
+    """Catches tangents of zero, a vmap over messages, and a graph that has lost its messages."""
+    x = signal(2, 9)
+    for function in (distributed.ema, lambda x, a: distributed.linear_recurrence(a, x)):
+        for transform in (grad, jacrev):
+            with pytest.raises(RuntimeError, match=r"functorch transforms|setup_context"):
+                transform(lambda x, f=function: f(x, 0.5).sum())(x)
+        with pytest.raises(RuntimeError, match=r"vmap|functorch"):
+            vmap(lambda x, f=function: f(x, 0.5))(x)
+        with pytest.raises(RuntimeError, match=r"jvp|forward"):
+            jvp(lambda x, f=function: f(x, 0.5), (x,), (x,))
+        with (
+            forward_ad.dual_level(),
+            pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"),
+        ):
+            function(forward_ad.make_dual(x, x), 0.5)
+        torch._dynamo.reset()
+        with pytest.raises(
+            torch._dynamo.exc.Unsupported, match=r"messages of ema_ext\.distributed"
+        ):
+            torch.compile(function, fullgraph=True, backend="eager")(x, 0.5)
+        broken = torch.compile(lambda x, f=function: f(x + 1, 0.5) * 2, backend="eager")
+        assert torch.equal(broken(x), function(x + 1, 0.5) * 2)
+
+
 class Forecast(nn.Module):
-    """A linear layer over channels and a learned smoothing of each: (batch, channel, time)."""
+    """Linear layers over channels around learned smoothings of each: (batch, channel, time)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
         self.weight = nn.Parameter(weight)
-        self.logit = nn.Parameter(torch.linspace(-3, 0, channels, dtype=torch.float64)[:, None])
+        alpha = torch.linspace(0.1, 0.5, channels, dtype=torch.float64)
+        self.each = EMA(alpha, channels)
+        self.all = EMA(torch.tensor(0.9, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ema_ext.ema(self.weight @ x, self.logit.sigmoid())
+        y: Tensor = self.all(self.each(self.weight @ x))
+        return y
 
 
 def trained(model: nn.Module, x: Tensor, steps: int = 5) -> nn.Module:
@@ -394,7 +658,11 @@ def ddp_training_equals_training_alone() -> None:
     x = signal(batch * dist.get_world_size(), 3, 40)
     shared = trained(nn.parallel.DistributedDataParallel(Forecast(3)), whole_rows(x, batch))
     alone = trained(Forecast(3), x)
-    for ours, expected in zip(shared.parameters(), alone.parameters(), strict=True):
+    fresh = Forecast(3)
+    for ours, expected, start in zip(
+        shared.parameters(), alone.parameters(), fresh.parameters(), strict=True
+    ):
+        assert not torch.equal(expected, start)
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -403,41 +671,74 @@ def whole_rows(x: Tensor, batch: int) -> Tensor:
     return x.split(batch)[dist.get_rank()]
 
 
+def average(x: Any, alpha: Any, state: Any) -> Any:
+    return ema_ext.ema(x, alpha, dim=1, initial_state=state, return_state=True)
+
+
+def recurrence(b: Any, a: Any, state: Any) -> Any:
+    return ema_ext.linear_recurrence(a, b, dim=1, initial_state=state, return_state=True)
+
+
 @check
 def dtensors_sharded_by_row_need_no_communication() -> None:
     """Catches an operator that DTensor does not know, or runs on gathered tensors, or partially."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    x, alpha, state = signal(4, 8, 20), signal(8, 1, seed=1).sigmoid(), signal(4, 8, seed=2)
+    x, state = signal(4, 20, 8), signal(4, 8, seed=2)
+    constant, per_step = signal(1, 8, seed=1).sigmoid(), signal(4, 20, 8, seed=1).sigmoid()
     copied: list[Placement] = [Replicate()]
-    for dim, a, s in itertools.product((0, 1), (0.1, alpha), (None, 0.5, state)):
-        time = 2
-        arguments = [value.clone().requires_grad_() if isinstance(value, Tensor) else value
-                     for value in (x, a, s)]  # fmt: skip
-        sharded = [
-            distribute_tensor(value.detach(), mesh, placement).requires_grad_()
-            if isinstance(value, Tensor)
-            else value
-            for value, placement in zip(
-                arguments, ([Shard(dim)], copied, [Shard(dim)]), strict=True
-            )
-        ]
-        leaves, shares = (
-            [value for value in values if isinstance(value, Tensor)]
-            for values in (arguments, sharded)
-        )
+    factors, starts = (0.1, constant, constant[0, 0], per_step), (None, 0.5, state, state[0, 0])
+    for function, dim, factor, start in itertools.product(
+        (average, recurrence), (0, 2), factors, starts
+    ):
+        # the state has no dimension of time
+        row = Shard(min(dim, 1)) if start is state else copied[0]
+        own = Shard(dim) if factor is per_step else copied[0]
+        alone, ours = [], []
+        for value, placement in zip((x, factor, start), (Shard(dim), own, row), strict=True):
+            tensor = isinstance(value, Tensor)
+            alone.append(value.clone().requires_grad_() if tensor else value)
+            shared = distribute_tensor(value, mesh, [placement]) if tensor else value
+            ours.append(shared.requires_grad_() if tensor else shared)
         found = []
-        for values, wanted in ((arguments, leaves), (sharded, shares)):
+        for values in (alone, ours):
             with CommDebugMode() as traffic:
-                y, last = ema_ext.ema(
-                    values[0], values[1], dim=time, initial_state=values[2], return_state=True
-                )
-                gradients = torch.autograd.grad((y, last), wanted, (y.detach(), last.detach()))
+                results = function(*values)
+                wanted = [value for value in values if isinstance(value, Tensor)]
+                given = [result.detach() for result in results]
+                gradients = torch.autograd.grad(results, wanted, given)
             assert not traffic.get_total_counts()
-            found.append([y, last, *gradients])
-        for expected, ours in zip(*found, strict=True):
-            torch.testing.assert_close(ours.full_tensor(), expected)
-    with pytest.raises(ValueError, match=r"sharded along dim 2.* ema_ext\.distributed"):
-        ema_ext.ema(distribute_tensor(x, mesh, [Shard(2)]), 0.1)
+            found.append([*results, *gradients])
+        for expected, got in zip(*found, strict=True):
+            torch.testing.assert_close(got.full_tensor(), expected)
+
+
+@check
+def dtensors_sharded_along_time_are_refused() -> None:
+    """Catches pieces scanned each from its own start, and coefficients gathered without a word."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    x, weight = signal(4, 20, 8), signal(20, 1).sigmoid()
+    whole_x, cut_x = (distribute_tensor(x, mesh, [p]) for p in (Replicate(), Shard(1)))
+    cut_weight = distribute_tensor(weight, mesh, [Shard(0)])
+    pattern = r"{} is sharded along dim {}.* ema_ext\.distributed takes .*{}\.to_local"
+    for message, call in (
+        (pattern.format("x", 1, "x"), lambda: average(cut_x, 0.1, None)),
+        (pattern.format("alpha", 0, "alpha"), lambda: average(whole_x, cut_weight, None)),
+        (pattern.format("b", 1, "b"), lambda: recurrence(cut_x, 0.1, None)),
+        (pattern.format("a", 0, "a"), lambda: recurrence(whole_x, cut_weight, None)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    for name, call in (
+        ("x", lambda: distributed.ema(cut_x, 0.1)),
+        ("alpha", lambda: distributed.ema(x, cut_weight, dim=1)),
+        ("b", lambda: distributed.linear_recurrence(0.1, cut_x)),
+        ("initial_state", lambda: distributed.ema(x, 0.1, initial_state=cut_weight)),
+    ):
+        with pytest.raises(TypeError, match=rf"{name} must be .*DTensor.*{name}\.to_local"):
+            call()
+    pieces = cut_x.to_local(), cut_weight.to_local()
+    y = distributed.ema(*pieces, dim=1, group=mesh.get_group())
+    torch.testing.assert_close(whole(y, 1), ema_ext.ema(x, weight, dim=1))
 
 
 @pytest.mark.parametrize("name", [function.__name__ for function in CHECKS])
@@ -448,8 +749,9 @@ def test_in_processes(name: str, world: dict[str, str]) -> None:
 
 def test_without_a_group() -> None:
     """Catches an assertion of torch's where one sentence of ours is due."""
-    with pytest.raises(RuntimeError, match="init_process_group"):
-        distributed.ema(torch.ones(3), 0.1)
+    for call in (distributed.ema, distributed.linear_recurrence):
+        with pytest.raises(RuntimeError, match="init_process_group"):
+            call(torch.ones(3), torch.ones(3))
 
 
 def fails(rank: int, world: int, folder: str, hangs: bool) -> None:
