@@ -65,6 +65,18 @@ def test_python_runs(
     exec(compile(source, document, "exec"), {"__name__": "__main__"})
 
 
+def test_recipes_are_held_to_a_peer() -> None:
+    """Catches a recipe that states its own numbers, or a peer's without saying of which version."""
+    sections = RECIPES.read_text(encoding="utf-8").split("\n## ")[1:]
+    named = {section.split("\n")[0] for section in sections}
+    assert {"pandas, times", "polars, ewm_mean_by", "minGRU", "RSI as TA-Lib"} <= named
+    for section in sections:
+        if not section.startswith("Streaming"):
+            peer = re.search(r"peer = torch\.tensor\([^#]*\)  # \S+ \d+\.\d+", section)
+            assert peer, section.split("\n")[0]
+            assert "torch.testing.assert_close(y" in section
+
+
 @pytest.mark.skipif(not CI.exists(), reason="the sdist leaves .ci out")
 @pytest.mark.parametrize("name", fences("sh"))
 def test_commands_are_those_of_ci(name: str) -> None:
