@@ -3,8 +3,8 @@
     python benchmarks/scaling.py
 
 Prints Markdown: the time of a step (the slowest rank's, least of the rounds), forward and forward +
-backward, beside that of ema_ext.ema on its piece alone, and the bytes that each rank sends.
-A rank runs on one thread, so as many ranks as there are cores do not disturb each other; a row of
+backward, beside that of ema_ext.ema on its piece alone, and the bytes that each rank sends; for one alpha and
+for one per sample. A rank runs on one thread, so as many ranks as there are cores do not disturb each other; a row of
 the table with more ranks than cores says so. The network is this machine's own memory (gloo).
 """
 
@@ -82,14 +82,15 @@ def work(rank: int, world: int, folder: str, rounds: int) -> None:
     found = {}
     for shape in SHAPES:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(rank)).requires_grad_()
-        scans: list[Scan] = [
-            lambda x: ema_ext.ema(x, ALPHA),
-            lambda x: distributed.ema(x, ALPHA),
-        ]
-        for name, run in (("forward", lambda scan, x: scan(x)), ("forward + backward", both)):
-            alone, sharded = (seconds(lambda s=s, r=run, x=x: r(s, x), rounds) for s in scans)
-            sent = bytes_sent(lambda s=scans[1], r=run, x=x: r(s, x))
-            found[shape, name] = alone, sharded, sent
+        for kind, alpha in (("", ALPHA), (", alpha per sample", torch.full(shape, ALPHA))):
+            scans: list[Scan] = [
+                lambda x, alpha=alpha: ema_ext.ema(x, alpha),
+                lambda x, alpha=alpha: distributed.ema(x, alpha),
+            ]
+            for name, run in (("forward", lambda scan, x: scan(x)), ("forward + backward", both)):
+                alone, sharded = (seconds(lambda s=s, r=run, x=x: r(s, x), rounds) for s in scans)
+                sent = bytes_sent(lambda s=scans[1], r=run, x=x: r(s, x))
+                found[shape, name + kind] = alone, sharded, sent
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")
     dist.destroy_process_group()
