@@ -3,9 +3,10 @@
     python benchmarks/scaling.py
 
 Prints Markdown: the time of a step (the slowest rank's, least of the rounds), forward and forward +
-backward, beside that of ema_ext.ema on its piece alone, and the bytes that each rank sends; for one alpha and
-for one per sample. A rank runs on one thread, so as many ranks as there are cores do not disturb each other; a row of
-the table with more ranks than cores says so. The network is this machine's own memory (gloo).
+backward, beside that of ema_ext.ema on its piece alone, and the bytes that each rank sends; for one
+alpha, and for one per sample. A rank runs on one thread, so as many ranks as there are cores do not
+disturb each other; a row of the table with more ranks than cores says so. The network is this
+machine's own memory (gloo).
 """
 
 from __future__ import annotations

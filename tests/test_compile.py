@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from ema_ext import EMA, ema
+from ema_ext import EMA, ema, linear_recurrence
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on compiling
 
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 class Graphs:
@@ -76,6 +77,23 @@ def test_layer_forward_and_backward(backend: str) -> None:
     assert got[0].stride() == want[0].stride()
 
 
+def test_inductor_with_a_coefficient_per_step() -> None:
+    """Catches a backward that inductor cannot lower, or whose strides it takes for others."""
+
+    def call(x: Tensor, alpha: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        y = ema(x, alpha, initial_state=s)
+        return linear_recurrence(alpha.sin(), y, initial_state=s, return_state=True)
+
+    x, alpha = signal(2, 3, 9).mT.requires_grad_(), signal(3, seed=1).sigmoid().requires_grad_()
+    inputs = [x, alpha, signal(2, 9, seed=2).requires_grad_()]
+    got, want = (
+        outputs_and_gradients(f, *inputs) for f in (torch.compile(call, fullgraph=True), call)
+    )
+    for a, b in zip(got, want, strict=True):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)  # sin is inductor's own
+
+
 def test_no_graph_per_length() -> None:
     """Catches a Python number made of a size: each new length would compile anew."""
     call, graphs = compiled(lambda x, a: ema(x, a, return_state=True), dynamic=True)
@@ -114,10 +132,11 @@ def test_float_alpha_is_a_constant() -> None:
     for value in (0.1, 0.2, 0.3, 0.4):
         assert torch.equal(call(x, value), ema(x, value))
     assert graphs.count == counts[-1]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
 class Model(torch.nn.Module):
-    """Both kinds of alpha, and a state."""
+    """Every kind of coefficient, and a state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,6 +144,8 @@ class Model(torch.nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, state = self.smooth(x, 0.5, True)
+        y = ema(y, x.sigmoid())
+        y = linear_recurrence(x[:, :1].tanh(), y, initial_state=state)
         return ema(y, 0.4, reverse=True), state
 
 
@@ -202,14 +223,29 @@ def test_autocast_leaves_dtypes(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = module(x, 0.0, True)
         assert torch.equal(ema(x, 0.3), ema(x.detach(), 0.3))
+        y, state = linear_recurrence(torch.tensor(0.3), x, return_state=True)
+    assert (y.dtype, state.dtype) == (dtype, want[1].dtype)
     assert all(map(torch.equal, got, want))
     assert [tensor.dtype for tensor in got] == [tensor.dtype for tensor in want]
 
 
+class Gated(torch.nn.Module):
+    """A coefficient per step and a learned one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit = torch.nn.Parameter(signal(3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = linear_recurrence(self.logit.sigmoid(), ema(x, x.sigmoid()))
+        return y
+
+
+@pytest.mark.parametrize("module", [EMA(0.3, 3), Gated()], ids=["EMA", "per step"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant: bool) -> None:
+def test_activation_checkpointing(reentrant: bool, module: Any) -> None:
     """Catches a backward that uses what the first forward kept and the second did not."""
-    module, x = EMA(0.3, 3), signal(3, 9).requires_grad_()
+    x = signal(3, 9).requires_grad_()
 
     def gradients(call: Callable[[Tensor], Tensor]) -> list[Tensor]:
         module.zero_grad()
@@ -223,7 +259,9 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     assert all(map(torch.equal, got, gradients(module)))
 
 
-def test_saved_tensor_hooks() -> None:
+@pytest.mark.parametrize("f", [ema, lambda x, alpha: linear_recurrence(alpha, x)], ids=["ema", "a"])
+@pytest.mark.parametrize("shape", [(), (3, 1), (9,), (3, 9)])
+def test_saved_tensor_hooks(shape: tuple[int, ...], f: Callable[..., Tensor]) -> None:
     """Catches a tensor kept outside save_for_backward: offloading to disk or host misses it."""
     packed: list[Tensor] = []
 
@@ -231,10 +269,10 @@ def test_saved_tensor_hooks() -> None:
         packed.append(tensor.clone())
         return len(packed) - 1
 
-    x, alpha = signal(3, 9).requires_grad_(), torch.tensor(0.3).double().requires_grad_()
-    want = torch.autograd.grad(ema(x, alpha).square().sum(), [x, alpha])
+    x, alpha = signal(3, 9).requires_grad_(), signal(*shape, seed=1).sigmoid().requires_grad_()
+    want = torch.autograd.grad(f(x, alpha).square().sum(), [x, alpha])
     with saved_tensors_hooks(pack, lambda index: packed[index]):
-        loss = ema(x, alpha).square().sum()
+        loss = f(x, alpha).square().sum()
     assert any(tensor.shape == x.shape for tensor in packed)
     assert all(map(torch.equal, torch.autograd.grad(loss, [x, alpha]), want))
 

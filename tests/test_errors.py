@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from ema_ext import _library, ema
+from ema_ext import _library, ema, linear_recurrence
 
 X = torch.zeros(2, 3, 5)
 FLOATS = "torch.float16, torch.bfloat16, torch.float32, torch.float64"
@@ -167,3 +167,13 @@ def test_another_device_without_kernels() -> None:
         x = torch.empty(2, 3, device="xpu")
         with pytest.raises(RuntimeError, match="x is on xpu:0, but ema_ext has no kernels for xpu"):
             ema(x, 0.5)
+
+
+def test_a_0_dim_tensor_on_the_cpu_may_stand_beside_any_device() -> None:
+    """Catches a number in a tensor that has to be moved by hand."""
+    x, number = X.to("meta"), torch.tensor(0.5)
+    for function in (ema, lambda x, a, **s: linear_recurrence(a, x, **s)):
+        assert function(x, number, initial_state=number).is_meta
+        for other in (torch.full((3, 1), 0.5), torch.full((1,), 0.5)):
+            with pytest.raises(RuntimeError, match=r"(alpha|a) is on cpu but (x|b) is on meta"):
+                function(x, other)

@@ -85,6 +85,15 @@ def test_dtypes() -> None:
     assert smoothing_factor(span=torch.tensor(3)).item() == 0.5
 
 
+def test_published_numbers_of_irregular_steps() -> None:
+    """Catches dt taken for the time to the next sample. The numbers are polars' ewm_mean_by."""
+    days = torch.tensor([0.0, 2.0, 9.0, 16.0], dtype=torch.float64)
+    alpha = smoothing_factor(halflife=4.0, dt=days.diff(prepend=days[:1]))
+    y = ema(torch.tensor([0.0, 1.0, 2.0, 4.0], dtype=torch.float64), alpha)
+    want = torch.tensor([0, 0.292893, 1.492474, 3.254508], dtype=torch.float64)
+    torch.testing.assert_close(y, want, rtol=0, atol=5e-7)  # as they are printed
+
+
 def test_learned_halflife_reaches_ema() -> None:
     """Catches a result that ema takes only by its value: the whole chain is differentiable."""
     halflife = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 
-from ema_ext import ema
+from ema_ext import ema, linear_recurrence
 from ema_ext.reference import ema_loop
 
 # torch's own, on the first use of forward mode
@@ -157,10 +157,53 @@ def test_compiled(learned: bool) -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    "transform", [lambda f: lambda x: jvp(f, (x,), (x,)), lambda f: grad(energy(f)), vmap]
+    "f",
+    [
+        lambda x: ema(x, 0.3),
+        lambda x: ema(x, torch.tensor(0.3)),
+        lambda x: ema(x, x.sigmoid()),
+        lambda x: linear_recurrence(0.3, x),
+        lambda x: linear_recurrence(x, x),
+    ],
+    ids=["float", "tensor", "per step", "recurrence", "recurrence per step"],
 )
-def test_transforms_inside_compile_are_refused(transform: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    "transform",
+    [lambda f: lambda x: jvp(f, (x,), (x,)), lambda f: grad(energy(f)), vmap, jacfwd, jacrev],
+    ids=["jvp", "grad", "vmap", "jacfwd", "jacrev"],
+)
+def test_transforms_inside_compile_are_refused(transform: Callable[..., Any], f: Any) -> None:
     """Catches the zeros that a compiled transform of a custom function gives, without a word."""
-    compiled = torch.compile(transform(lambda x: ema(x, 0.3)), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(transform(f), fullgraph=True, backend="aot_eager")
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"transforms inside torch\.compile"):
         compiled(signal(3, 5))
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("alpha", [0.3, torch.tensor(0.3).double()])
+def test_transforms_of_compiled_functions_are_the_plain_ones(alpha: float | Tensor) -> None:
+    """Catches a transform that sees a graph traced without it: a compiled function inside it."""
+
+    def plain(x: Tensor) -> Tensor:
+        return ema(x, alpha)
+
+    compiled, x = torch.compile(plain, backend="aot_eager"), signal(3, 5)
+    for transform in (
+        lambda f: grad(energy(f)), vmap, jacfwd, jacrev, lambda f: lambda x: jvp(f, (x,), (x,))[1]
+    ):  # fmt: skip
+        assert torch.equal(transform(compiled)(x), transform(plain)(x))
+
+
+@pytest.mark.parametrize("shape", [(), (3, 1), (5,), (3, 5)])
+@pytest.mark.parametrize("over", [0, 1, 2])
+def test_vmap_over_one_argument(over: int, shape: tuple[int, ...]) -> None:
+    """Catches an argument that is batched only where another one is."""
+    values = [signal(3, 5), signal(*shape, seed=1).sigmoid(), signal(3, seed=2)]
+    many = signal(4, *values[over].shape, seed=3)
+    values[over] = many.sigmoid() if over == 1 else many
+    dims = tuple(0 if i == over else None for i in range(3))
+    for f in (smooth(ema), smooth(lambda x, a, **s: linear_recurrence(a, x, **s))):
+        got = vmap(f, dims)(*values)
+        each = [f(*(v[k] if i == over else v for i, v in enumerate(values))) for k in range(4)]
+        assert torch.equal(got, torch.stack(each))
