@@ -19,6 +19,8 @@ from torch.nn.functional import pad
 BLOCK = 16
 #: Beyond 2 ** +-REACH every float64 but 0 becomes infinite, or 0.
 REACH = 2200
+#: Numbers that a fold prepares at a time: they stay in the cache.
+FOLD_BLOCK = 2**16
 
 
 class Product(NamedTuple):
@@ -78,14 +80,28 @@ def fold(aggregates: Tensor, products: Product, start: Tensor) -> Tensor:
     A piece takes a state to aggregate + product * state. What is not finite behaves as in the loop:
     an infinite state stays so through any product but 0, whatever underflows.
     """
-    exponents = products.exponent.clamp(-REACH, REACH)
-    # in three steps, none of which can leave the range of float64 where the result does not
-    scales = [_power_of_two(((exponents + i) / 3).floor()) for i in range(3)]
-    states = [start]
-    for aggregate, mantissa, *scale in zip(aggregates, products.mantissa, *scales, strict=True):
-        carried = mantissa * states[-1] * scale[0] * scale[1] * scale[2]
-        states.append(aggregate + carried)
-    return torch.stack(states)
+    pieces, rows = len(aggregates), max(start.numel(), 1)
+    states = aggregates.new_empty((pieces + 1, *aggregates.shape[1:]))
+    states[0] = start
+    step = max(1, FOLD_BLOCK // rows)
+    for first in range(0, pieces, step):
+        here = slice(first, first + step)
+        scales = _scales(products.exponent[here])
+        for i, (aggregate, mantissa, *factors) in enumerate(
+            zip(aggregates[here], products.mantissa[here], *scales, strict=True), first
+        ):
+            carried = mantissa * states[i]
+            for factor in factors:
+                carried *= factor
+            torch.add(aggregate, carried, out=states[i + 1])
+    return states
+
+
+def _scales(exponent: Tensor) -> list[Tensor]:
+    """Four powers of two whose product is 2 ** exponent: multiplied with one after the other, none
+    leaves the range of float64 where the result does not."""
+    whole = exponent.clamp(-REACH, REACH).long()
+    return [((((whole + i) >> 2) + 1023) << 52).view(torch.float64) for i in range(4)]
 
 
 def _multiplied(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,8 +120,3 @@ def _multiplied(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def _frexp(value: Tensor) -> tuple[Tensor, Tensor]:
     mantissa, exponent = torch.frexp(value)
     return mantissa, torch.where(value.isfinite(), exponent, 0).double()
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """2 ** exponent, exactly, for integers in float64's normal range."""
-    return ((exponent.long() + 1023) << 52).view(torch.float64)
