@@ -375,12 +375,12 @@ class _Problem:
         """The end of this piece when scanned from zero, or if it begins the sequence from its first
         sample, and the product of its coefficients."""
         dim, reverse, zero = self.dim, self.line.reverse, x.new_zeros(())
-        parts = self._parts(x, coefficient, reverse)
-        found = []
-        for place, (part, weight) in enumerate(parts):
-            start = None if begins and place == 0 else zero
+        found: list[Tensor] = []
+        products: list[Product] = []
+        for part, weight in self._parts(x, coefficient, reverse):
+            start = None if begins and not found else zero
             found.append(_wide(self.recurrence.end, part, weight, start, dim, reverse))
-        products = [self._product(part, weight) for part, weight in parts]
+            products.append(self._product(part, weight))
         return _joined(found, products), Product.chain(products)
 
     def aggregate_adjoint(self, grad_y: Tensor, coefficient: Coefficient) -> Tensor:
@@ -388,6 +388,8 @@ class _Problem:
         dim, reverse = self.dim, self.line.reverse
         parts = self._parts(grad_y, coefficient, not reverse)
         found = [_wide(self._adjoint_end, part, weight, dim, reverse) for part, weight in parts]
+        if len(parts) == 1:
+            return found[0]
         return _joined(found, [self._product(part, weight) for part, weight in parts])
 
     def _adjoint_end(
