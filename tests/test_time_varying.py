@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 
-from ema_ext import ema
+from ema_ext import ema, linear_recurrence
 from ema_ext.reference import ema_loop
 
 # torch's own, on the first use of forward mode
@@ -282,6 +282,21 @@ def test_cut_rows_that_are_not_finite(value: float) -> None:
             assert torch.equal(*(y.view(torch.int32) for y in found))
             assert bool(found[0][:where].isfinite().all())
             assert not bool(found[0][where:].isfinite().any())
+
+
+def test_a_y_that_overflowed_stays_infinite() -> None:
+    """Catches a y that overflows within a stretch or a segment whose map is finite, and so is
+    passed over by what comes after: on one thread, or only on several."""
+    length = 8 * 65536
+    for up, down in ((100, 120), (100, 2000), (65_530, 65_535), (65_530, 65_545), (7, 400_000)):
+        a = torch.ones(length, dtype=torch.float64)
+        a[up], a[down] = 1e10, 1e-10
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            y = linear_recurrence(a, torch.zeros_like(a), initial_state=1e300)
+            assert bool((y[:up] == 1e300).all())
+            assert bool(y[up:].isinf().all())
+        torch.set_num_threads(2)
 
 
 def test_nothing_broadcast_is_copied() -> None:
