@@ -75,6 +75,7 @@ The oracle's own error (long double, the count of oracle.scan with its u) is add
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -185,7 +186,9 @@ def gradient_bounds(
     if roundings is VARYING:
         _, y_error = _forward(problem, roundings, dtype)
         y_error = _stored(oracle.outputs(problem), y_error, x.dtype)
-        terms = _shared_terms(oracle.innovation(problem), y_error, carried, carried_error, dtype)
+        terms = _shared_terms(
+            oracle.innovation(problem), y_error, carried, carried_error, dtype, problem.alpha_shape
+        )
     elif roundings is KERNEL:
         adjoint = oracle.adjoint(problem, grad_y, grad_state)
         terms = _kernel_terms(problem, adjoint, carried, carried_error, dtype)
@@ -381,14 +384,23 @@ def _kernel_terms(
 
 
 def _shared_terms(
-    factor: Array, y_error: Array, carried: Array, carried_error: Array, dtype: torch.dtype
+    factor: Array,
+    y_error: Array,
+    carried: Array,
+    carried_error: Array,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
 ) -> Array:
-    """By how much lambda[n] * factor[n], made of the returned y[n-1], may be wrong in a sum."""
-    first = unit(dtype) * np.abs(factor[:1])
-    before_error = np.concatenate([first, y_error[:-1]])
-    size = np.abs(factor) + before_error
-    count = 2 * unit(dtype) + (factor.size + 2) * unit(torch.float64)
-    return carried_error * size + carried * (before_error + count * size)
+    """By how much lambda[n] * factor[n], made of the returned y[n-1], may be wrong in a sum to
+    `shape`.
+    """
+    with np.errstate(all="ignore"):
+        first = unit(dtype) * np.abs(factor[:1])
+        before_error = np.concatenate([first, y_error[:-1]])
+        size = np.abs(factor) + before_error
+        terms = factor.size // max(1, math.prod(shape))
+        count = 2 * unit(dtype) + (terms + 2) * unit(torch.float64)
+        return carried_error * size + carried * (before_error + count * size)
 
 
 def recurrence_bound(
@@ -413,18 +425,16 @@ def check_recurrence(
     assert_within(y, expected, recurrence_bound(a, b, **options), f"{label} y")
 
 
-def check_recurrence_backward(
-    grads: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+def recurrence_gradients(
     grad_y: torch.Tensor,
     a: Any,
     b: torch.Tensor,
     *,
     grad_state: Any = None,
     initial_state: Any = None,
-    label: str = "recurrence",
     **options: Any,
-) -> None:
-    """Hold the gradients (to a, b, initial_state; None: not asked for) to the oracle."""
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The gradients of linear_recurrence(a, b, ...) to a, b and initial_state, and their bounds."""
     problem = Recurrence.of(a, b, initial_state=initial_state, **options)
     dtype = accumulate_dtype(b.dtype)
     y, (_, y_error) = problem.outputs(), _recurrence_forward(problem, dtype)
@@ -434,20 +444,38 @@ def check_recurrence_backward(
     drive[:1] += np.abs(longdouble(0.0 if grad_state is None else grad_state))
     carried, carried_error = _aged(np.roll(size.a, -1, axis=0)[::-1], drive, VARYING, dtype)
     carried, carried_error = carried[::-1], carried_error[::-1]
-    terms = _shared_terms(before, _stored(y, y_error, b.dtype), carried, carried_error, dtype)
-    wide = (problem.b.size + 2) * unit(torch.float64) + unit(b.dtype)
-    exact = problem.to_arguments(adjoint * before, adjoint, (problem.a * adjoint)[0])
-    bound = problem.to_arguments(
-        terms,
-        carried_error + wide * carried,
-        (size.a * (carried_error + 3 * unit(dtype) * carried))[0],
-    )
+    y_error = _stored(y, y_error, b.dtype)
+    terms = _shared_terms(before, y_error, carried, carried_error, dtype, problem.a_shape)
+    count = problem.b.size // max(1, math.prod(problem.b_shape)) + 2
+    wide = count * unit(torch.float64) + unit(b.dtype)
+    with np.errstate(all="ignore"):
+        exact = problem.to_arguments(adjoint * before, adjoint, (problem.a * adjoint)[0])
+        bound = problem.to_arguments(
+            terms,
+            carried_error + wide * carried,
+            (size.a * (carried_error + 3 * unit(dtype) * carried))[0],
+        )
     dtypes = _dtype(a), b.dtype, _dtype(initial_state)
-    for name, grad, want, error, kind in zip(
-        ("a", "b", "initial_state"), grads, exact, bound, dtypes, strict=True
+    stored = (_stored(*pair) for pair in zip(exact, bound, dtypes, strict=True))
+    return exact, tuple(stored)
+
+
+def check_recurrence_backward(
+    grads: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    grad_y: torch.Tensor,
+    a: Any,
+    b: torch.Tensor,
+    *,
+    label: str = "recurrence",
+    **options: Any,
+) -> None:
+    """Hold the gradients (to a, b, initial_state; None: not asked for) to the oracle."""
+    exact, bound = recurrence_gradients(grad_y, a, b, **options)
+    for name, grad, want, error in zip(
+        ("a", "b", "initial_state"), grads, exact, bound, strict=True
     ):
         if grad is not None:
-            assert_within(grad, want, _stored(want, error, kind), f"{label} grad {name}")
+            assert_within(grad, want, error, f"{label} grad {name}")
 
 
 def _recurrence_forward(problem: Recurrence, dtype: torch.dtype) -> tuple[Array, Array]:
