@@ -63,7 +63,8 @@ coefficients, over at most a chunk, may underflow: a smallest float64 subnormal 
 
 Its gradient to a coefficient is lambda[n] times r[n] = x[n] - y[n-1], or y[n-1], with the y that
 was returned: its error and its rounding to the dtype of y enter times Lambda[n]. Each term is
-rounded to the accumulate dtype; terms that share a coefficient are then summed in float64.
+rounded to the accumulate dtype of x or of the coefficient, whichever is coarser; terms that share a
+coefficient are then summed in float64.
 
 **Stored result.** One more rounding, to the result's dtype: its unit roundoff times |result|.
 Underflow costs a smallest subnormal per rounding.
@@ -185,9 +186,15 @@ def gradient_bounds(
 
     if roundings is VARYING:
         _, y_error = _forward(problem, roundings, dtype)
-        y_error = _stored(oracle.outputs(problem), y_error, x.dtype)
+        y_error = _stored(oracle.outputs(problem), y_error, x.dtype) + _unsure(problem)
+        coarser = max(dtype, accumulate_dtype(_dtype(alpha)), key=unit)
         terms = _shared_terms(
-            oracle.innovation(problem), y_error, carried, carried_error, dtype, problem.alpha_shape
+            oracle.innovation(problem),
+            y_error,
+            carried,
+            carried_error,
+            coarser,
+            problem.alpha_shape,
         )
     elif roundings is KERNEL:
         adjoint = oracle.adjoint(problem, grad_y, grad_state)
@@ -375,12 +382,16 @@ def _kernel_terms(
         kappa = _magnitudes(oracle.later(problem.weight), carried[::-1].copy())[::-1]
         so_far = np.abs(np.cumsum((adjoint * innovation)[::-1], axis=0)[::-1])
         base, u = KERNEL.base, unit(dtype)
-        # the oracle's own error in y
-        _, unsure = _forward(oracle.centred(problem), Roundings(base=0), dtype)
+        unsure = _unsure(problem)
         before_unsure = np.concatenate([unsure[:1] * 0, unsure[:-1]]) + 3 * oracle.UNIT * size
         tiles = carried * (before_unsure + (base + 18) * u * (size + 4 * near) + base * u * before)
         rest = 9 * kappa * (size + near) + so_far
         return carried_error * size + tiles + unit(torch.float64) * rest
+
+
+def _unsure(problem: Problem) -> Array:
+    """The oracle's own error in the y of which it makes innovations."""
+    return _forward(oracle.centred(problem), Roundings(base=0), torch.float64)[1]
 
 
 def _shared_terms(
@@ -404,11 +415,19 @@ def _shared_terms(
 
 
 def recurrence_bound(
-    a: Any, b: torch.Tensor, *, dim: int = -1, initial_state: Any = None, reverse: bool = False
+    a: Any,
+    b: torch.Tensor,
+    *,
+    dim: int = -1,
+    initial_state: Any = None,
+    reverse: bool = False,
+    roundings: Roundings | None = None,
 ) -> Array:
-    """Largest |error| allowed to each y of linear_recurrence(a, b, ...)."""
+    """Largest |error| allowed to each y of linear_recurrence(a, b, ...). roundings: KERNEL, VARYING
+    or None, the one that a constant or a varying a is held to.
+    """
     problem = Recurrence.of(a, b, dim, initial_state, reverse)
-    _, error = _recurrence_forward(problem, accumulate_dtype(b.dtype))
+    _, error = _recurrence_forward(problem, accumulate_dtype(b.dtype), roundings)
     return problem.restore(_stored(problem.outputs(), error, b.dtype))
 
 
@@ -432,12 +451,13 @@ def recurrence_gradients(
     *,
     grad_state: Any = None,
     initial_state: Any = None,
+    roundings: Roundings | None = None,
     **options: Any,
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """The gradients of linear_recurrence(a, b, ...) to a, b and initial_state, and their bounds."""
     problem = Recurrence.of(a, b, initial_state=initial_state, **options)
     dtype = accumulate_dtype(b.dtype)
-    y, (_, y_error) = problem.outputs(), _recurrence_forward(problem, dtype)
+    y, (_, y_error) = problem.outputs(), _recurrence_forward(problem, dtype, roundings)
     adjoint, before = problem.adjoint(grad_y, grad_state), problem.before(y)
     size = Recurrence.of(np.abs(problem.restore(problem.a)), np.abs(longdouble(grad_y)), **options)
     drive = size.b[::-1].copy()
@@ -445,7 +465,8 @@ def recurrence_gradients(
     carried, carried_error = _aged(np.roll(size.a, -1, axis=0)[::-1], drive, VARYING, dtype)
     carried, carried_error = carried[::-1], carried_error[::-1]
     y_error = _stored(y, y_error, b.dtype)
-    terms = _shared_terms(before, y_error, carried, carried_error, dtype, problem.a_shape)
+    coarser = max(dtype, accumulate_dtype(_dtype(a)), key=unit)
+    terms = _shared_terms(before, y_error, carried, carried_error, coarser, problem.a_shape)
     count = problem.b.size // max(1, math.prod(problem.b_shape)) + 2
     wide = count * unit(torch.float64) + unit(b.dtype)
     with np.errstate(all="ignore"):
@@ -478,14 +499,17 @@ def check_recurrence_backward(
             assert_within(grad, want, error, f"{label} grad {name}")
 
 
-def _recurrence_forward(problem: Recurrence, dtype: torch.dtype) -> tuple[Array, Array]:
+def _recurrence_forward(
+    problem: Recurrence, dtype: torch.dtype, roundings: Roundings | None
+) -> tuple[Array, Array]:
     """The recurrence of the magnitudes and the error bound, time first, before the store."""
     with np.errstate(all="ignore"):
         drive = np.abs(problem.b)
         drive[:1] += np.abs(problem.a[:1] * problem.start)
     # a constant is left to the kernels of tiles
     constant = len(problem.a) == 1 or problem.a.strides[0] == 0
-    return _aged(np.abs(problem.a), drive, KERNEL if constant else VARYING, dtype)
+    roundings = roundings or (KERNEL if constant else VARYING)
+    return _aged(np.abs(problem.a), drive, roundings, dtype)
 
 
 def _range(x: Array) -> Array:
