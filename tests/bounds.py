@@ -335,6 +335,11 @@ def unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def subnormal(dtype: torch.dtype) -> float:
+    """The smallest number above 0: what a rounding costs in an underflow."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
 def _forward(problem: Problem, roundings: Roundings, dtype: torch.dtype) -> tuple[Array, Array]:
     """ema(|x|) and the error bound, time first, before the result is stored."""
     drive = np.abs(problem.weight * problem.x)
@@ -411,7 +416,7 @@ def _shared_terms(
         size = np.abs(factor) + before_error
         terms = factor.size // max(1, math.prod(shape))
         count = 2 * unit(dtype) + (terms + 2) * unit(torch.float64)
-        return carried_error * size + carried * (before_error + count * size)
+        return carried_error * size + carried * (before_error + count * size) + subnormal(dtype)
 
 
 def recurrence_bound(
@@ -541,7 +546,7 @@ def _aged_sum(
     decay = np.abs(np.log(np.where(keep > 0, keep, 1)))
     per_step = here * roundings.per_step + exact * ORACLE.per_step
     per_step = per_step + unit(torch.float64) * roundings.per_decay * decay
-    tiny = longdouble(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+    tiny = longdouble(subnormal(dtype))
     with np.errstate(all="ignore"):
         total = _magnitudes(weight, drive)
         error = np.zeros_like(total)
@@ -559,8 +564,8 @@ def _aged(
     wide, exact = unit(torch.float64), oracle.UNIT
     base = unit(dtype) * roundings.base + wide * roundings.base_wide + exact * ORACLE.base
     per_step = wide * roundings.per_step_wide + exact * ORACLE.per_step
-    info = torch.finfo(torch.float64 if roundings is VARYING else dtype)
-    tiny = longdouble(info.smallest_normal) * info.eps * (roundings.base + roundings.base_wide)
+    tiny = longdouble(subnormal(torch.float64 if roundings is VARYING else dtype))
+    tiny = tiny * (roundings.base + roundings.base_wide)
     with np.errstate(all="ignore"):
         per_step = per_step + wide * roundings.per_decay * np.abs(
             np.log(np.where(ratio[1:] > 0, ratio[1:], 1))
@@ -573,9 +578,8 @@ def _aged(
 
 def _stored(value: Array, error: Array, dtype: torch.dtype) -> Array:
     """The error bound once the value is rounded to dtype."""
-    info = torch.finfo(dtype)
     with np.errstate(all="ignore"):
-        return error + unit(dtype) * (np.abs(value) + error) + info.smallest_normal * info.eps
+        return error + unit(dtype) * (np.abs(value) + error) + subnormal(dtype)
 
 
 def _dtype(value: Any) -> torch.dtype:

@@ -275,8 +275,9 @@ class Shared:
         """The next rows: each one's index in `grad`; None: nobody wanted it. terms: the dtype in
         which what is summed has been kept; None: that of the sums.
         """
-        rounding = 0.0 if terms is None else bounds.unit(terms)
-        self.roundings.append(torch.full(owners.shape, rounding, dtype=torch.float64))
+        unit, least = (bounds.unit(terms), bounds.subnormal(terms)) if terms else (0.0, 0.0)
+        rounding = torch.tensor([unit, least], dtype=torch.float64)[:, None]
+        self.roundings.append(rounding.expand(2, len(owners)))
         if grad is None:
             self.owners.append(torch.full_like(owners, -1))
             return
@@ -295,8 +296,8 @@ class Shared:
             np.add.at(due, owners[mine], exact.reshape(-1)[mine])
             size = np.abs(exact.reshape(-1)) + bound.reshape(-1)
             count = np.bincount(owners[mine], minlength=self.total)[owners[mine]]
-            rounding = self.unit * count + torch.cat(self.roundings).numpy()[mine]
-            error = bound.reshape(-1)[mine] + rounding * size[mine]
+            of_terms, least = torch.cat(self.roundings, 1).numpy()[:, mine]
+            error = bound.reshape(-1)[mine] + (self.unit * count + of_terms) * size[mine] + least
             np.add.at(allowed, owners[mine], error)
         sizes = np.array([len(grad) for grad in self.grads])
         for dtype in {grad.dtype for grad in self.grads}:
