@@ -58,7 +58,9 @@ initial state's own rounding (base 1 in the accumulate dtype), a term meets 1 - 
 a sum once, and one product and one sum more where the past comes in: 6 u64. At every later step it
 meets a rounded 1 - alpha, a product and a sum, and once more a product where maps are composed: 4
 u64. For float64 the error so grows with the memory, as the loop's does; for the others it never
-shows. A linear recurrence is the same with |a| for c and |b| for alpha |x|. A product of float64
+shows. A linear recurrence is the same with |a| for c and |b| for alpha |x|; so is one of constant a
+in float64 where rows walk side by side (walk.h), since only an average's steps are compensated
+there: tiles meet the bound of a kernel. A product of float64
 coefficients, over at most a chunk, may underflow: a smallest float64 subnormal times the y before.
 
 Its gradient to a coefficient is lambda[n] times r[n] = x[n] - y[n-1], or y[n-1], with the y that
