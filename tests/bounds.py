@@ -58,10 +58,10 @@ initial state's own rounding (base 1 in the accumulate dtype), a term meets 1 - 
 a sum once, and one product and one sum more where the past comes in: 6 u64. At every later step it
 meets a rounded 1 - alpha, a product and a sum, and once more a product where maps are composed: 4
 u64. For float64 the error so grows with the memory, as the loop's does; for the others it never
-shows. A linear recurrence is the same with |a| for c and |b| for alpha |x|; so is one of constant a
-in float64 where rows walk side by side (walk.h), since only an average's steps are compensated
-there: tiles meet the bound of a kernel. A product of float64
-coefficients, over at most a chunk, may underflow: a smallest float64 subnormal times the y before.
+shows. A linear recurrence is the same with |a| for c and |b| for alpha |x|. So is one of constant a
+in float64 whose rows walk side by side (walk.h), for only an average's steps are compensated there.
+A product of float64 coefficients, over at most a chunk, may
+underflow: a smallest float64 subnormal times the y before.
 
 Its gradient to a coefficient is lambda[n] times r[n] = x[n] - y[n-1], or y[n-1], with the y that
 was returned: its error and its rounding to the dtype of y enter times Lambda[n]. Each term is
@@ -80,7 +80,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,8 @@ LOOP = Roundings(base=3, per_step=3)
 ORACLE = Roundings(base=6, per_step=3)
 VARYING = Roundings(base=1, base_wide=6, per_step_wide=4)
 KERNEL = Roundings(base=16, per_decay=9, partials=torch.float64)
+#: Of a float64 recurrence of constant a, whether by tiles or side by side.
+STEPWISE = replace(KERNEL, per_step_wide=VARYING.per_step_wide)
 
 
 def matmul(length: int) -> Roundings:
@@ -430,8 +432,8 @@ def recurrence_bound(
     reverse: bool = False,
     roundings: Roundings | None = None,
 ) -> Array:
-    """Largest |error| allowed to each y of linear_recurrence(a, b, ...). roundings: KERNEL, VARYING
-    or None, the one that a constant or a varying a is held to.
+    """Largest |error| allowed to each y of linear_recurrence(a, b, ...). Without roundings they are
+    those of tiles for a constant a, and VARYING for any other.
     """
     problem = Recurrence.of(a, b, dim, initial_state, reverse)
     _, error = _recurrence_forward(problem, accumulate_dtype(b.dtype), roundings)
@@ -477,12 +479,14 @@ def recurrence_gradients(
     count = problem.b.size // max(1, math.prod(problem.b_shape)) + 2
     wide = count * unit(torch.float64) + unit(b.dtype)
     with np.errstate(all="ignore"):
-        exact = problem.to_arguments(adjoint * before, adjoint, (problem.a * adjoint)[0])
-        bound = problem.to_arguments(
-            terms,
-            carried_error + wide * carried,
-            (size.a * (carried_error + 3 * unit(dtype) * carried))[0],
-        )
+        through = problem.a * adjoint, size.a * (carried_error + 3 * unit(dtype) * carried)
+        if not len(adjoint):  # no steps: what comes from the state goes to the start
+            handed_on = np.broadcast_to(
+                longdouble(0.0 if grad_state is None else grad_state), problem.start.shape
+            )
+            through = handed_on[None], np.zeros_like(handed_on)[None]
+        exact = problem.to_arguments(adjoint * before, adjoint, through[0][0])
+        bound = problem.to_arguments(terms, carried_error + wide * carried, through[1][0])
     dtypes = _dtype(a), b.dtype, _dtype(initial_state)
     stored = (_stored(*pair) for pair in zip(exact, bound, dtypes, strict=True))
     return exact, tuple(stored)

@@ -380,7 +380,8 @@ class Joined:
         shared.check(exact, bound, "grad initial_state")
 
 
-def check_ema(joined: Joined, plain: bool) -> None:
+def check_ema(joined: Joined) -> None:
+    plain = joined.dtype == torch.float64 and joined.calls[0].case.alpha in PLAIN
     x, alpha, dtype, options = joined.x, joined.coefficient, joined.dtype, joined.options
     varying = joined.varying
     roundings = bounds.VARYING if varying else WALK if plain else bounds.KERNEL
@@ -401,11 +402,10 @@ def check_ema(joined: Joined, plain: bool) -> None:
     joined.check_start(exact.initial_state, within.initial_state)
 
 
-def check_recurrence(joined: Joined, plain: bool) -> None:
+def check_recurrence(joined: Joined) -> None:
     a, b, options = joined.coefficient, joined.x, joined.options
-    # in float64 rows side by side round at every step
-    stepwise = plain or joined.varying or joined.dtype == torch.float64
-    roundings = bounds.VARYING if stepwise else bounds.KERNEL
+    tiles = bounds.STEPWISE if joined.dtype == torch.float64 else bounds.KERNEL
+    roundings = bounds.VARYING if joined.varying else tiles
     expected = oracle.linear_recurrence(a, b, **options)
     allowed = bounds.recurrence_bound(a, b, **options, roundings=roundings)
     compare(joined.y, expected, allowed, "recurrence y")
@@ -421,8 +421,7 @@ def check(*batch: Case, ops: dict[str, Function] = OPS) -> None:
     """Runs cases of one operator, dtype and length; raises AssertionError where any is wrong."""
     joined = Joined(batch, ops)
     joined.check_state()
-    plain = joined.dtype == torch.float64 and batch[0].alpha in PLAIN
-    (check_ema if batch[0].op == "ema" else check_recurrence)(joined, plain)
+    (check_ema if batch[0].op == "ema" else check_recurrence)(joined)
 
 
 def choose_batch(random: random.Random) -> Batch:
