@@ -152,9 +152,9 @@ def pointwise_bound(
     """Largest |error| allowed to each y of ema(x, ...), in x's shape and stored in x's dtype."""
     problem = Problem.of(x, alpha, dim, initial_state, reverse)
     _, error = _forward(problem, roundings, accumulate_dtype(x.dtype))
-    left_out = roundings.truncation * np.maximum.accumulate(np.abs(problem.x), axis=0)
-    y = oracle.outputs(problem)
-    return problem.restore(_stored(y, error + left_out, x.dtype))
+    if roundings.truncation:
+        error = error + roundings.truncation * np.maximum.accumulate(np.abs(problem.x), axis=0)
+    return problem.restore(_stored(oracle.outputs(problem), error, x.dtype))
 
 
 def gradient_bounds(
@@ -346,11 +346,11 @@ def subnormal(dtype: torch.dtype) -> float:
 
 def _forward(problem: Problem, roundings: Roundings, dtype: torch.dtype) -> tuple[Array, Array]:
     """ema(|x|) and the error bound, time first, before the result is stored."""
-    drive = np.abs(problem.weight * problem.x)
-    if len(drive):
-        if problem.start is None:
+    with np.errstate(all="ignore"):
+        drive = np.abs(problem.weight * problem.x)
+        if len(drive) and problem.start is None:
             drive[0] = np.abs(problem.x[0])
-        else:
+        elif len(drive):
             drive[0] += np.abs(problem.keep[0] * problem.start)
     return _aged_sum(problem.weight, drive, roundings, dtype)
 
