@@ -6,6 +6,7 @@ is a pass, and a signal is a failure. As a script this file is that process.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -313,30 +314,34 @@ def after_fork() -> None:
         assert ends(lambda: torch.equal(ema(x, 0.1), expected) or os._exit(2), 60)
 
 
-def out_of_memory() -> None:
+def out_of_memory(call: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Every allocation of a call may fail: the output's, the state's, the segments', the sums'."""
     torch.set_num_threads(1)
-    x, alpha = noise(3, 4 * 65_536).requires_grad_(), torch.tensor(0.1, requires_grad=True)
-    steps = torch.full((x.shape[1],), 0.1, requires_grad=True)
-    calls: tuple[Callable[[], Tensor], ...] = (
-        lambda: ema(x, alpha, return_state=True)[0],
-        lambda: ema(x, steps, return_state=True)[0],
-        lambda: linear_recurrence(steps, x),
-    )
-    for call in calls:
-        call().sum().backward()  # what is loaded, is loaded now
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        failed = 0
-        for room in range(0, 24 * MIB, MIB // 2):
-            x.grad = alpha.grad = steps.grad = None
-            resource.setrlimit(resource.RLIMIT_AS, (used + room, -1))
-            try:
-                call().sum().backward()
-            except (RuntimeError, MemoryError):
-                failed += 1
-        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-        assert failed > 0
-        call().sum().backward()
+    x, weights = noise(3, 4 * 65_536).requires_grad_(), torch.full((4 * 65_536,), 0.1)
+    weights.requires_grad_()
+    call(x[:, :100], weights[:100]).sum().backward()  # what is loaded, is loaded now
+    x.grad = weights.grad = None
+    taken = [torch.empty(MIB, dtype=torch.uint8) for _ in range(64)]  # what the heap has left
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    failed = 0
+    while True:  # with ever more room, until there is enough
+        x.grad = weights.grad = None
+        resource.setrlimit(resource.RLIMIT_AS, (used + failed * MIB // 2, -1))
+        try:
+            call(x, weights).sum().backward()
+            break
+        except (RuntimeError, MemoryError):
+            failed += 1
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    assert failed > 0
+    del taken
+
+
+OUT_OF_MEMORY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "out of memory": lambda x, w: ema(x, w[0], return_state=True)[0],
+    "out of memory with weights per step": lambda x, w: ema(x, w, return_state=True)[0],
+    "out of memory in linear_recurrence": lambda x, w: linear_recurrence(w, x),
+}
 
 
 RIGHT: dict[str, Case] = {
@@ -353,9 +358,10 @@ RIGHT: dict[str, Case] = {
         saved_outputs_changed_in_place,
         interrupted,
         after_fork,
-        out_of_memory,
     )
 }
+for name, call in OUT_OF_MEMORY.items():
+    RIGHT[name] = functools.partial(out_of_memory, call)
 
 
 # --- garbage for every argument of every registered operator --------------------------------------
@@ -513,9 +519,9 @@ def outcome(case: Case) -> str:
 
 # Cases about the process's own memory and threads, which a sanitizer makes others.
 if "ASAN_OPTIONS" in os.environ:
-    for name in ("output beyond all memory", "state beyond all memory"):
+    for name in [name for name in REFUSED if "beyond all memory" in name]:
         del REFUSED[name]
-    for name in ("out_of_memory", "after_fork"):
+    for name in (*OUT_OF_MEMORY, "after_fork"):
         del RIGHT[name]
 
 
