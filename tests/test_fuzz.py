@@ -34,11 +34,11 @@ def last_digits(x: torch.Tensor, alpha: Any, **options: Any) -> Any:
 
 
 def dropped_carry(x: torch.Tensor, alpha: Any, *, dim: int, **options: Any) -> Any:
-    """From sample 64 of a row on its past is forgotten."""
+    """From sample 16 of a row on its past is forgotten."""
     varies = isinstance(alpha, torch.Tensor) and x.shape[dim] in alpha.shape
-    if x.shape[dim] <= 64 or varies or options["reverse"] or options["return_state"]:
+    if x.shape[dim] <= 16 or varies or options["reverse"] or options["return_state"]:
         return ema_ext.ema(x, alpha, dim=dim, **options)
-    head, tail = x.split([64, x.shape[dim] - 64], dim)
+    head, tail = x.split([16, x.shape[dim] - 16], dim)
     ends = ema_ext.ema(head, alpha, dim=dim, **options), ema_ext.ema(tail, alpha, dim=dim)
     return torch.cat(ends, dim)
 
