@@ -21,5 +21,8 @@ def build_info() -> BuildInfo:
 def cpu_level() -> str:
     """The instruction set level in use: x86-64, x86-64-v3 or x86-64-v4."""
 
+def force_cpu_strategy(name: str) -> None:
+    """For tests: "rows", "lanes" or "cut" scans so whatever can be, "" as it is best."""
+
 def cuda_probe() -> int:
     """The number of CUDA devices on which the library's kernels run; -1 if it has none."""

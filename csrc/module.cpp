@@ -5,7 +5,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
+#include <string>
+
 #include "cpu/level.h"
+#include "cpu/strategy.h"
 #ifdef EMA_EXT_CUDA
 #include "cuda/probe.h"
 #endif
@@ -42,11 +46,23 @@ int cuda_probe() {
 #endif
 }
 
+void force_cpu_strategy(const std::string& name) {
+  using ema_ext::cpu::Strategy;
+  const auto family = name == "rows"    ? std::optional(Strategy::kRows)
+                      : name == "lanes" ? std::optional(Strategy::kLanes)
+                      : name == "cut"   ? std::optional(Strategy::kCut)
+                                        : std::nullopt;
+  if (!family && !name.empty())
+    throw py::value_error("the strategy must be 'rows', 'lanes', 'cut' or '' (none is forced)");
+  ema_ext::cpu::force_strategy(family);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_ema_ext, m) {
   ema_ext::cpu::level();  // throws, and so fails the import, if a level was forced in vain
   m.def("build_info", &build_info);
   m.def("cpu_level", &ema_ext::cpu::level_name);
+  m.def("force_cpu_strategy", &force_cpu_strategy);
   m.def("cuda_probe", &cuda_probe);
 }

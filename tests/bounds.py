@@ -58,12 +58,15 @@ initial state's own rounding (base 1 in the accumulate dtype), a term meets 1 - 
 a sum once, and one product and one sum more where the past comes in: 6 u64. At every later step it
 meets a rounded 1 - alpha, a product and a sum, and once more a product where maps are composed: 4
 u64. For float64 the error so grows with the memory, as the loop's does; for the others it never
-shows. A linear recurrence is the same with |a| for c and |b| for alpha |x|. A product of float64
-coefficients, over at most a chunk, may underflow: a smallest float64 subnormal times the y before.
+shows. A linear recurrence is the same with |a| for c and |b| for alpha |x|. So is one of constant a
+in float64 whose rows walk side by side (walk.h), for only an average's steps are compensated there.
+A product of float64 coefficients, over at most a chunk, may
+underflow: a smallest float64 subnormal times the y before.
 
 Its gradient to a coefficient is lambda[n] times r[n] = x[n] - y[n-1], or y[n-1], with the y that
 was returned: its error and its rounding to the dtype of y enter times Lambda[n]. Each term is
-rounded to the accumulate dtype; terms that share a coefficient are then summed in float64.
+rounded to the accumulate dtype of x or of the coefficient, whichever is coarser; terms that share a
+coefficient are then summed in float64.
 
 **Stored result.** One more rounding, to the result's dtype: its unit roundoff times |result|.
 Underflow costs a smallest subnormal per rounding.
@@ -75,8 +78,9 @@ The oracle's own error (long double, the count of oracle.scan with its u) is add
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +117,8 @@ LOOP = Roundings(base=3, per_step=3)
 ORACLE = Roundings(base=6, per_step=3)
 VARYING = Roundings(base=1, base_wide=6, per_step_wide=4)
 KERNEL = Roundings(base=16, per_decay=9, partials=torch.float64)
+#: Of a float64 recurrence of constant a, whether by tiles or side by side.
+STEPWISE = replace(KERNEL, per_step_wide=VARYING.per_step_wide)
 
 
 def matmul(length: int) -> Roundings:
@@ -146,9 +152,9 @@ def pointwise_bound(
     """Largest |error| allowed to each y of ema(x, ...), in x's shape and stored in x's dtype."""
     problem = Problem.of(x, alpha, dim, initial_state, reverse)
     _, error = _forward(problem, roundings, accumulate_dtype(x.dtype))
-    left_out = roundings.truncation * np.maximum.accumulate(np.abs(problem.x), axis=0)
-    y = oracle.outputs(problem)
-    return problem.restore(_stored(y, error + left_out, x.dtype))
+    if roundings.truncation:
+        error = error + roundings.truncation * np.maximum.accumulate(np.abs(problem.x), axis=0)
+    return problem.restore(_stored(oracle.outputs(problem), error, x.dtype))
 
 
 def gradient_bounds(
@@ -184,8 +190,16 @@ def gradient_bounds(
 
     if roundings is VARYING:
         _, y_error = _forward(problem, roundings, dtype)
-        y_error = _stored(oracle.outputs(problem), y_error, x.dtype)
-        terms = _shared_terms(oracle.innovation(problem), y_error, carried, carried_error, dtype)
+        y_error = _stored(oracle.outputs(problem), y_error, x.dtype) + _unsure(problem)
+        coarser = max(dtype, accumulate_dtype(_dtype(alpha)), key=unit)
+        terms = _shared_terms(
+            oracle.innovation(problem),
+            y_error,
+            carried,
+            carried_error,
+            coarser,
+            problem.alpha_shape,
+        )
     elif roundings is KERNEL:
         adjoint = oracle.adjoint(problem, grad_y, grad_state)
         terms = _kernel_terms(problem, adjoint, carried, carried_error, dtype)
@@ -325,13 +339,18 @@ def unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def subnormal(dtype: torch.dtype) -> float:
+    """The smallest number above 0: what a rounding costs in an underflow."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
 def _forward(problem: Problem, roundings: Roundings, dtype: torch.dtype) -> tuple[Array, Array]:
     """ema(|x|) and the error bound, time first, before the result is stored."""
-    drive = np.abs(problem.weight * problem.x)
-    if len(drive):
-        if problem.start is None:
+    with np.errstate(all="ignore"):
+        drive = np.abs(problem.weight * problem.x)
+        if len(drive) and problem.start is None:
             drive[0] = np.abs(problem.x[0])
-        else:
+        elif len(drive):
             drive[0] += np.abs(problem.keep[0] * problem.start)
     return _aged_sum(problem.weight, drive, roundings, dtype)
 
@@ -372,31 +391,52 @@ def _kernel_terms(
         kappa = _magnitudes(oracle.later(problem.weight), carried[::-1].copy())[::-1]
         so_far = np.abs(np.cumsum((adjoint * innovation)[::-1], axis=0)[::-1])
         base, u = KERNEL.base, unit(dtype)
-        # the oracle's own error in y
-        _, unsure = _forward(oracle.centred(problem), Roundings(base=0), dtype)
+        unsure = _unsure(problem)
         before_unsure = np.concatenate([unsure[:1] * 0, unsure[:-1]]) + 3 * oracle.UNIT * size
         tiles = carried * (before_unsure + (base + 18) * u * (size + 4 * near) + base * u * before)
         rest = 9 * kappa * (size + near) + so_far
         return carried_error * size + tiles + unit(torch.float64) * rest
 
 
+def _unsure(problem: Problem) -> Array:
+    """The oracle's own error in the y of which it makes innovations."""
+    return _forward(oracle.centred(problem), Roundings(base=0), torch.float64)[1]
+
+
 def _shared_terms(
-    factor: Array, y_error: Array, carried: Array, carried_error: Array, dtype: torch.dtype
+    factor: Array,
+    y_error: Array,
+    carried: Array,
+    carried_error: Array,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
 ) -> Array:
-    """By how much lambda[n] * factor[n], made of the returned y[n-1], may be wrong in a sum."""
-    first = unit(dtype) * np.abs(factor[:1])
-    before_error = np.concatenate([first, y_error[:-1]])
-    size = np.abs(factor) + before_error
-    count = 2 * unit(dtype) + (factor.size + 2) * unit(torch.float64)
-    return carried_error * size + carried * (before_error + count * size)
+    """By how much lambda[n] * factor[n], made of the returned y[n-1], may be wrong in a sum to
+    `shape`.
+    """
+    with np.errstate(all="ignore"):
+        first = unit(dtype) * np.abs(factor[:1])
+        before_error = np.concatenate([first, y_error[:-1]])
+        size = np.abs(factor) + before_error
+        terms = factor.size // max(1, math.prod(shape))
+        count = 2 * unit(dtype) + (terms + 2) * unit(torch.float64)
+        return carried_error * size + carried * (before_error + count * size) + subnormal(dtype)
 
 
 def recurrence_bound(
-    a: Any, b: torch.Tensor, *, dim: int = -1, initial_state: Any = None, reverse: bool = False
+    a: Any,
+    b: torch.Tensor,
+    *,
+    dim: int = -1,
+    initial_state: Any = None,
+    reverse: bool = False,
+    roundings: Roundings | None = None,
 ) -> Array:
-    """Largest |error| allowed to each y of linear_recurrence(a, b, ...)."""
+    """Largest |error| allowed to each y of linear_recurrence(a, b, ...). Without roundings they are
+    those of tiles for a constant a, and VARYING for any other.
+    """
     problem = Recurrence.of(a, b, dim, initial_state, reverse)
-    _, error = _recurrence_forward(problem, accumulate_dtype(b.dtype))
+    _, error = _recurrence_forward(problem, accumulate_dtype(b.dtype), roundings)
     return problem.restore(_stored(problem.outputs(), error, b.dtype))
 
 
@@ -413,51 +453,74 @@ def check_recurrence(
     assert_within(y, expected, recurrence_bound(a, b, **options), f"{label} y")
 
 
-def check_recurrence_backward(
-    grads: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+def recurrence_gradients(
     grad_y: torch.Tensor,
     a: Any,
     b: torch.Tensor,
     *,
     grad_state: Any = None,
     initial_state: Any = None,
-    label: str = "recurrence",
+    roundings: Roundings | None = None,
     **options: Any,
-) -> None:
-    """Hold the gradients (to a, b, initial_state; None: not asked for) to the oracle."""
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The gradients of linear_recurrence(a, b, ...) to a, b and initial_state, and their bounds."""
     problem = Recurrence.of(a, b, initial_state=initial_state, **options)
     dtype = accumulate_dtype(b.dtype)
-    y, (_, y_error) = problem.outputs(), _recurrence_forward(problem, dtype)
+    y, (_, y_error) = problem.outputs(), _recurrence_forward(problem, dtype, roundings)
     adjoint, before = problem.adjoint(grad_y, grad_state), problem.before(y)
     size = Recurrence.of(np.abs(problem.restore(problem.a)), np.abs(longdouble(grad_y)), **options)
     drive = size.b[::-1].copy()
     drive[:1] += np.abs(longdouble(0.0 if grad_state is None else grad_state))
     carried, carried_error = _aged(np.roll(size.a, -1, axis=0)[::-1], drive, VARYING, dtype)
     carried, carried_error = carried[::-1], carried_error[::-1]
-    terms = _shared_terms(before, _stored(y, y_error, b.dtype), carried, carried_error, dtype)
-    wide = (problem.b.size + 2) * unit(torch.float64) + unit(b.dtype)
-    exact = problem.to_arguments(adjoint * before, adjoint, (problem.a * adjoint)[0])
-    bound = problem.to_arguments(
-        terms,
-        carried_error + wide * carried,
-        (size.a * (carried_error + 3 * unit(dtype) * carried))[0],
-    )
+    y_error = _stored(y, y_error, b.dtype)
+    coarser = max(dtype, accumulate_dtype(_dtype(a)), key=unit)
+    terms = _shared_terms(before, y_error, carried, carried_error, coarser, problem.a_shape)
+    count = problem.b.size // max(1, math.prod(problem.b_shape)) + 2
+    wide = count * unit(torch.float64) + unit(b.dtype)
+    with np.errstate(all="ignore"):
+        through = problem.a * adjoint, size.a * (carried_error + 3 * unit(dtype) * carried)
+        if not len(adjoint):  # no steps: what comes from the state goes to the start
+            handed_on = np.broadcast_to(
+                longdouble(0.0 if grad_state is None else grad_state), problem.start.shape
+            )
+            through = handed_on[None], np.zeros_like(handed_on)[None]
+        exact = problem.to_arguments(adjoint * before, adjoint, through[0][0])
+        bound = problem.to_arguments(terms, carried_error + wide * carried, through[1][0])
     dtypes = _dtype(a), b.dtype, _dtype(initial_state)
-    for name, grad, want, error, kind in zip(
-        ("a", "b", "initial_state"), grads, exact, bound, dtypes, strict=True
+    stored = (_stored(*pair) for pair in zip(exact, bound, dtypes, strict=True))
+    return exact, tuple(stored)
+
+
+def check_recurrence_backward(
+    grads: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    grad_y: torch.Tensor,
+    a: Any,
+    b: torch.Tensor,
+    *,
+    label: str = "recurrence",
+    **options: Any,
+) -> None:
+    """Hold the gradients (to a, b, initial_state; None: not asked for) to the oracle."""
+    exact, bound = recurrence_gradients(grad_y, a, b, **options)
+    for name, grad, want, error in zip(
+        ("a", "b", "initial_state"), grads, exact, bound, strict=True
     ):
         if grad is not None:
-            assert_within(grad, want, _stored(want, error, kind), f"{label} grad {name}")
+            assert_within(grad, want, error, f"{label} grad {name}")
 
 
-def _recurrence_forward(problem: Recurrence, dtype: torch.dtype) -> tuple[Array, Array]:
+def _recurrence_forward(
+    problem: Recurrence, dtype: torch.dtype, roundings: Roundings | None
+) -> tuple[Array, Array]:
     """The recurrence of the magnitudes and the error bound, time first, before the store."""
     with np.errstate(all="ignore"):
         drive = np.abs(problem.b)
         drive[:1] += np.abs(problem.a[:1] * problem.start)
     # a constant is left to the kernels of tiles
     constant = len(problem.a) == 1 or problem.a.strides[0] == 0
-    return _aged(np.abs(problem.a), drive, KERNEL if constant else VARYING, dtype)
+    roundings = roundings or (KERNEL if constant else VARYING)
+    return _aged(np.abs(problem.a), drive, roundings, dtype)
 
 
 def _range(x: Array) -> Array:
@@ -489,7 +552,7 @@ def _aged_sum(
     decay = np.abs(np.log(np.where(keep > 0, keep, 1)))
     per_step = here * roundings.per_step + exact * ORACLE.per_step
     per_step = per_step + unit(torch.float64) * roundings.per_decay * decay
-    tiny = longdouble(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+    tiny = longdouble(subnormal(dtype))
     with np.errstate(all="ignore"):
         total = _magnitudes(weight, drive)
         error = np.zeros_like(total)
@@ -507,8 +570,8 @@ def _aged(
     wide, exact = unit(torch.float64), oracle.UNIT
     base = unit(dtype) * roundings.base + wide * roundings.base_wide + exact * ORACLE.base
     per_step = wide * roundings.per_step_wide + exact * ORACLE.per_step
-    info = torch.finfo(torch.float64 if roundings is VARYING else dtype)
-    tiny = longdouble(info.smallest_normal) * info.eps * (roundings.base + roundings.base_wide)
+    tiny = longdouble(subnormal(torch.float64 if roundings is VARYING else dtype))
+    tiny = tiny * (roundings.base + roundings.base_wide)
     with np.errstate(all="ignore"):
         per_step = per_step + wide * roundings.per_decay * np.abs(
             np.log(np.where(ratio[1:] > 0, ratio[1:], 1))
@@ -521,9 +584,8 @@ def _aged(
 
 def _stored(value: Array, error: Array, dtype: torch.dtype) -> Array:
     """The error bound once the value is rounded to dtype."""
-    info = torch.finfo(dtype)
     with np.errstate(all="ignore"):
-        return error + unit(dtype) * (np.abs(value) + error) + info.smallest_normal * info.eps
+        return error + unit(dtype) * (np.abs(value) + error) + subnormal(dtype)
 
 
 def _dtype(value: Any) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,19 @@ def signal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
     """Normal noise around 0, the same for the same arguments."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def quarters(*shape: int, seed: int = 0) -> Tensor:
+    """1/4, 1/2 or 3/4: sums of products of some twelve of these are exact in float64, in any order,
+    so that what is computed from few of them must have the same bits however it is computed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 4, shape, generator=generator).double() / 4
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """No element of the two, tensors or nests of tensors, differs; NaN equals NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def transposed(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from cases import DTYPES, signal
 from torch import Tensor
 
-from ema_ext import ema
+from ema_ext import ema, linear_recurrence
 
 FLOATS = (torch.float32, torch.float64)
 
@@ -216,3 +216,36 @@ def test_gradient_to_alpha_of_a_constant(length: int, dtype: torch.dtype, layout
     x = LAYOUTS[layout](torch.full((len(ALPHAS), length), 500.3, dtype=dtype))
     grad_y = LAYOUTS[layout](signal(*x.shape, dtype=dtype, seed=1))
     assert not alpha_gradient(x, grad_y, ALPHAS).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_tenth_of_each_bound_is_missed(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a bound so wide that a mistake of several roundings per sample would pass."""
+    x, grad_y = signal(8, 5000, dtype=dtype).requires_grad_(), signal(8, 5000, dtype=dtype, seed=2)
+    weights = (0.3 * signal(5000, seed=3).sigmoid()).requires_grad_()
+    averages = {bounds.KERNEL: weights[:1].detach(), bounds.VARYING: weights}
+    monkeypatch.setattr(bounds, "SCALE", 0.1)
+    monkeypatch.setattr(bounds, "WORST", {})
+    for roundings, alpha in averages.items():
+        y = ema(x, alpha)
+        expected = oracle.ema(x, alpha)
+        bound = bounds.pointwise_bound(x, alpha, roundings=roundings)
+        with pytest.raises(AssertionError, match="tenth: error is"):
+            bounds.assert_within(y, expected, bound, "tenth")
+        (grad_x,) = torch.autograd.grad(y, x, grad_y)
+        with pytest.raises(AssertionError, match="tenth grad x: error is"):
+            bounds.check_backward(
+                (grad_x, None, None), grad_y, x, alpha, roundings=roundings, label="tenth"
+            )
+    expected = oracle.ema(x, weights[:1])
+    limit = bounds.row_bound(expected, dtype)
+    with pytest.raises(AssertionError, match="tenth by row: error is"):
+        bounds.assert_within(ema(x, weights[:1]), expected, limit, "tenth by row")
+    y = linear_recurrence(weights, x)
+    with pytest.raises(AssertionError, match="tenth y: error is"):
+        bounds.check_recurrence(y, weights, x, label="tenth")
+    (grad_b,) = torch.autograd.grad(y, x, grad_y)
+    with pytest.raises(AssertionError, match="tenth grad b: error is"):
+        bounds.check_recurrence_backward((None, grad_b, None), grad_y, weights, x, label="tenth")

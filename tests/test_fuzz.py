@@ -34,10 +34,11 @@ def last_digits(x: torch.Tensor, alpha: Any, **options: Any) -> Any:
 
 
 def dropped_carry(x: torch.Tensor, alpha: Any, *, dim: int, **options: Any) -> Any:
-    """From sample 64 of a row on its past is forgotten."""
-    if x.shape[dim] <= 64 or options["reverse"] or options["return_state"]:
+    """From sample 16 of a row on its past is forgotten."""
+    varies = isinstance(alpha, torch.Tensor) and x.shape[dim] in alpha.shape
+    if x.shape[dim] <= 16 or varies or options["reverse"] or options["return_state"]:
         return ema_ext.ema(x, alpha, dim=dim, **options)
-    head, tail = x.split([64, x.shape[dim] - 64], dim)
+    head, tail = x.split([16, x.shape[dim] - 16], dim)
     ends = ema_ext.ema(head, alpha, dim=dim, **options), ema_ext.ema(tail, alpha, dim=dim)
     return torch.cat(ends, dim)
 
@@ -68,26 +69,48 @@ def wrong_gradient_to_the_state(
     return ema_ext.ema(x, alpha, initial_state=initial_state, **options)
 
 
+def wrong_gradient_to_a(a: Any, b: torch.Tensor, **options: Any) -> Any:
+    if isinstance(a, torch.Tensor):
+        a = Doubled.apply(a)
+    return ema_ext.linear_recurrence(a, b, **options)
+
+
+def wrong_gradient_to_b(a: Any, b: torch.Tensor, **options: Any) -> Any:
+    return ema_ext.linear_recurrence(a, Doubled.apply(b), **options)
+
+
+def coefficients_one_step_late(a: Any, b: torch.Tensor, *, dim: int, **options: Any) -> Any:
+    if isinstance(a, torch.Tensor) and a.dim() == b.dim():
+        a = a.roll(1, dim)
+    return ema_ext.linear_recurrence(a, b, dim=dim, **options)
+
+
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("op", "wrong", "says"),
     [
-        (last_digits, " y"),
-        (dropped_carry, " y"),
-        (wrong_gradient_to_alpha, "grad alpha"),
-        (wrong_gradient_to_the_state, "grad initial_state"),
+        ("ema", last_digits, " y"),
+        ("ema", dropped_carry, " y"),
+        ("ema", wrong_gradient_to_alpha, "grad alpha"),
+        ("ema", wrong_gradient_to_the_state, "grad initial_state"),
+        ("linear_recurrence", coefficients_one_step_late, " y"),
+        ("linear_recurrence", wrong_gradient_to_a, "grad a"),
+        ("linear_recurrence", wrong_gradient_to_b, "grad b"),
     ],
 )
-def test_finds_what_is_planted(wrong: Function, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finds_what_is_planted(
+    op: str, wrong: Function, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a fuzzer that looks away, or whose reproducer is not the case that failed."""
+    ops = {**fuzz.OPS, op: wrong}
     monkeypatch.setattr(bounds, "WORST", {})  # these errors are none of the package's
     with pytest.raises(fuzz.Found) as found:
-        fuzz.fuzz(60, seed=0, ema=wrong)
+        fuzz.fuzz(60, seed=4, ops=ops)
     message, line = str(found.value).splitlines()
     assert says.strip() in message
     call = ast.parse(line.partition("-c ")[2].strip('"').partition("; ")[2], mode="eval")
     case = eval(compile(ast.Expression(call.body.args[0]), "case", "eval"), vars(fuzz))
     with pytest.raises(AssertionError):
-        fuzz.check(case, ema=wrong)
+        fuzz.check(case, ops=ops)
     fuzz.check(case)
 
 

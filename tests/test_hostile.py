@@ -6,6 +6,7 @@ is a pass, and a signal is a failure. As a script this file is that process.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -26,7 +27,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_ext import ema
+from ema_ext import ema, linear_recurrence
 
 MIB = 1 << 20
 
@@ -114,6 +115,23 @@ REFUSED: dict[str, tuple[Case, str]] = {
         lambda: ema(noise(4, 50), freed(torch.rand(4, 1))),
         "RuntimeError: .*alpha has .*no memory",
     ),
+    "quantized a": (lambda: linear_recurrence(quantized(3, 1), X), "TypeError: a .*qint8"),
+    "quantized b": (lambda: linear_recurrence(0.5, quantized(2, 5)), "TypeError: b .*qint8"),
+    "mkldnn b": (lambda: linear_recurrence(0.5, X.to_mkldnn()), "TypeError: b .*mkldnn"),
+    "nested a": (lambda: linear_recurrence(nested(torch.strided), X), "TypeError: a .*nested"),
+    "jagged b": (lambda: linear_recurrence(0.5, nested(torch.jagged)), "TypeError: b .*nested"),
+    "a and b that broadcast beyond all memory": (
+        lambda: linear_recurrence(huge(1 << 20, 1), huge(1 << 30)),
+        "RuntimeError: .*memory",
+    ),
+    "a whose memory was freed": (
+        lambda: linear_recurrence(freed(torch.rand(4, 50)), noise(4, 50)),
+        "RuntimeError: .*a has .*no memory",
+    ),
+    "alpha per step whose memory was freed": (
+        lambda: ema(noise(4, 50), freed(torch.rand(50))),
+        "RuntimeError: .*alpha has .*no memory",
+    ),
     "initial_state whose memory was freed": (
         lambda: ema(noise(4, 50), 0.5, initial_state=freed(torch.rand(4).double())),
         "RuntimeError: .*initial_state has .*no memory",
@@ -128,7 +146,16 @@ def right(x: Tensor, alpha: Any, **options: Any) -> None:
     bounds.check_forward(ema(x, alpha, **options), x, alpha, label="hostile", **options)
 
 
+def right_recurrence(a: Tensor, b: Tensor, **options: Any) -> None:
+    y = linear_recurrence(a, b, **options)
+    bounds.check_recurrence(y, a, b, label="hostile", **options)
+
+
 def overlapping_views() -> None:
+    sliding = torch.rand(300).as_strided((7, 200), (3, 1), 9)
+    right_recurrence(sliding, noise(300).as_strided((7, 200), (3, 1), 5))
+    right_recurrence(sliding.mT, noise(300).as_strided((200, 7), (1, 3), 11), dim=0)
+    right_recurrence(torch.rand(3).as_strided((40, 40), (0, 0), 2), noise(40))
     right(noise(300).as_strided((7, 200), (3, 1), 5), 0.3)
     right(noise(300).as_strided((200, 7), (1, 3), 11), 0.3, dim=0)
     right(noise(300).as_strided((40, 40), (0, 0), 299), 0.3)
@@ -148,13 +175,17 @@ def more_elements_than_32_bits_count() -> None:
     low = torch.empty(2 * stride + 64, dtype=torch.float16)  # mapped, and hardly ever touched
     x = low.as_strided((3, 40), (stride, 1)).copy_(noise(3, 40))
     right(x, 0.3)
-    right(low.as_strided((3, 40), (stride, 1)).mT, 0.3, dim=0)
+    right(x.mT, 0.3, dim=0)
+    right_recurrence(x.abs().clamp(max=1), x)
+    right_recurrence(x.mT, noise(40, 1), dim=0)
 
 
 def tensor_alpha_outside_the_unit_interval() -> None:
     alpha = torch.tensor([[-0.5], [1.5], [2.5], [-1e-3], [1 + 1e-6]])
     right(noise(5, 60), alpha)
     right(noise(5, 60).mT.contiguous().mT, alpha)
+    right_recurrence(noise(60), noise(5, 60))
+    right_recurrence(alpha, noise(5, 60))
 
 
 def tensor_alpha_not_finite() -> None:
@@ -167,13 +198,22 @@ def tensor_alpha_not_finite() -> None:
 
 def many_threads_at_once() -> None:
     x, s = noise(40, 3000), noise(40)
-    alpha = torch.rand(40, 1)
-    expected = ema(x, alpha, initial_state=s)
+
+    def everything() -> list[Tensor]:
+        results = []
+        for shape in ((40, 1), (3000,)):
+            leaves = [x.detach(), noise(*shape).sigmoid(), s.detach()]
+            leaves = [leaf.requires_grad_() for leaf in leaves]
+            y = ema(*leaves[:2], initial_state=leaves[2])
+            results += [y, *torch.autograd.grad(y, leaves, x)]
+        return results
+
+    expected = everything()
     wrong = []
 
     def work() -> None:
-        for _ in range(10):
-            if not torch.equal(ema(x, alpha, initial_state=s), expected):
+        for _ in range(3):
+            if not all(map(torch.equal, everything(), expected)):
                 wrong.append(1)
 
     threads = [threading.Thread(target=work) for _ in range(32)]
@@ -198,6 +238,27 @@ def inputs_deleted_before_the_backward() -> None:
     grads = torch.autograd.grad(y, (x, alpha, s), torch.ones_like(y))
     assert len(junk) == 8
     bounds.check_backward(grads, torch.ones(4, 3000), x, alpha, initial_state=s, label="hostile")
+
+
+def saved_outputs_changed_in_place() -> None:
+    """The gradients to coefficients per sample are made of y: torch must see that it is another."""
+    b, a = noise(4, 30).requires_grad_(), torch.rand(30, requires_grad=True)
+    calls: tuple[tuple[Callable[[], Tensor], bool], ...] = (
+        (lambda: linear_recurrence(a, b), True),
+        (lambda: ema(b, a), True),
+        (lambda: ema(b, a[:1]), False),
+        (lambda: linear_recurrence(0.5, b), False),
+    )
+    for call, kept in calls:
+        y = call()
+        with torch.no_grad():
+            y.mul_(2)
+        refused = False
+        try:
+            y.sum().backward()
+        except RuntimeError as error:
+            refused = "modified by an inplace operation" in str(error)
+        assert refused == kept
 
 
 def saved_inputs_changed_in_place() -> None:
@@ -253,23 +314,34 @@ def after_fork() -> None:
         assert ends(lambda: torch.equal(ema(x, 0.1), expected) or os._exit(2), 60)
 
 
-def out_of_memory() -> None:
-    """Every allocation of a call may fail: the output's, the state's, the segments'."""
+def out_of_memory(call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Every allocation of a call may fail: the output's, the state's, the segments', the sums'."""
     torch.set_num_threads(1)
-    x, alpha = noise(3, 4 * 65_536).requires_grad_(), torch.tensor(0.1, requires_grad=True)
-    ema(x[:, :100], alpha).sum().backward()
+    x, weights = noise(3, 4 * 65_536).requires_grad_(), torch.full((4 * 65_536,), 0.1)
+    weights.requires_grad_()
+    call(x[:, :100], weights[:100]).sum().backward()  # what is loaded, is loaded now
+    x.grad = weights.grad = None
+    taken = [torch.empty(MIB, dtype=torch.uint8) for _ in range(64)]  # what the heap has left
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     failed = 0
-    for room in range(0, 24 * MIB, MIB // 2):
-        resource.setrlimit(resource.RLIMIT_AS, (used + room, -1))
+    while True:  # with ever more room, until there is enough
+        x.grad = weights.grad = None
+        resource.setrlimit(resource.RLIMIT_AS, (used + failed * MIB // 2, -1))
         try:
-            ema(x, alpha, return_state=True)[0].sum().backward()
+            call(x, weights).sum().backward()
+            break
         except (RuntimeError, MemoryError):
             failed += 1
     resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
     assert failed > 0
-    x.grad = alpha.grad = None
-    ema(x, alpha).sum().backward()
+    del taken
+
+
+OUT_OF_MEMORY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "out of memory": lambda x, w: ema(x, w[0], return_state=True)[0],
+    "out of memory with weights per step": lambda x, w: ema(x, w, return_state=True)[0],
+    "out of memory in linear_recurrence": lambda x, w: linear_recurrence(w, x),
+}
 
 
 RIGHT: dict[str, Case] = {
@@ -283,11 +355,13 @@ RIGHT: dict[str, Case] = {
         many_threads_at_once,
         inputs_deleted_before_the_backward,
         saved_inputs_changed_in_place,
+        saved_outputs_changed_in_place,
         interrupted,
         after_fork,
-        out_of_memory,
     )
 }
+for name, call in OUT_OF_MEMORY.items():
+    RIGHT[name] = functools.partial(out_of_memory, call)
 
 
 # --- garbage for every argument of every registered operator --------------------------------------
@@ -445,9 +519,9 @@ def outcome(case: Case) -> str:
 
 # Cases about the process's own memory and threads, which a sanitizer makes others.
 if "ASAN_OPTIONS" in os.environ:
-    for name in ("output beyond all memory", "state beyond all memory"):
+    for name in [name for name in REFUSED if "beyond all memory" in name]:
         del REFUSED[name]
-    for name in ("out_of_memory", "after_fork"):
+    for name in (*OUT_OF_MEMORY, "after_fork"):
         del RIGHT[name]
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 import bounds  # noqa: E402
 
-from ema_ext import ema  # noqa: E402
+from ema_ext import ema, linear_recurrence  # noqa: E402
 
 MIB = 1 << 20
 
@@ -85,7 +85,23 @@ def many_rows(rows: int = 10_000_000) -> str:
     return f"{rows} rows, the same bits wherever a row stands"
 
 
-RUNS = {run.__name__: run for run in (training, long_row, many_rows)}
+def beyond_32_bits(rows: int = 2_200_000, length: int = 1000) -> str:
+    """More elements than 32 bits count, of one row that is expanded: all must be that row's, and
+    the gradient the sum of as many.
+    """
+    b = torch.ones(length, dtype=torch.bfloat16, requires_grad=True)
+    a = torch.full((rows, 1), 0.5)
+    y = linear_recurrence(a, b)
+    first = y[:1].detach()
+    bounds.check_recurrence(first, 0.5, b.detach()[None], label="expanded row")
+    assert all(torch.equal(part, first.expand(part.shape)) for part in y.detach().split(10_000))
+    (grad,) = torch.autograd.grad(y, b, torch.ones((), dtype=y.dtype).expand(y.shape))
+    (one,) = torch.autograd.grad(linear_recurrence(0.5, b[None]), b, torch.ones_like(first))
+    assert torch.equal(grad, (rows * one.double()).to(grad.dtype))
+    return f"{y.numel()} elements of one row of {length}"
+
+
+RUNS = {run.__name__: run for run in (training, long_row, many_rows, beyond_32_bits)}
 
 
 def main() -> None:

@@ -31,7 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 #: What looks for a mutant, in this order until one finds it. A run past its limit, in seconds,
 #: counts as found: many a mutant never ends.
 TESTS = (
-    (90, "tools/fuzz.py --seconds 6"),
+    (120, "tools/fuzz.py --seconds 10"),
+    (
+        600,
+        "-m pytest -q -x -p no:cacheprovider tests/test_laws.py tests/test_linear_recurrence.py"
+        " tests/test_time_varying.py",
+    ),
     (
         400,
         "-m pytest -q -x -p no:cacheprovider tests/test_hostile.py tests/test_errors.py"

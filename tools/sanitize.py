@@ -17,21 +17,36 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from subprocess import STDOUT
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: All that is hard on memory: garbage, every layout, all edges of tiles, threads.
+#: Every test that runs kernels, the longest first, but for those in which a sanitizer would see
+#: nothing new or something else: test_accuracy (the edges of the others at twenty alphas, minutes
+#: of oracle; a part of it runs in test_levels), test_memory (red zones are memory too),
+#: test_compile (inductor's own code), test_distributed and test_stream (the same operators in
+#: processes of their own), what the build, the documents, the benchmarks and the reference in
+#: Python are held to, and CUDA.
 TESTS = [
-    "tests/test_smoke.py",
+    "tests/test_levels.py",
+    "tests/test_long_rows.py",
+    "tests/test_gradients.py",
+    "tests/test_time_varying.py",
+    "tests/test_determinism.py",
+    "tests/test_fuzz.py",
     "tests/test_hostile.py",
+    "tests/test_linear_recurrence.py",
+    "tests/test_four_witnesses.py",
     "tests/test_laws.py",
-    "tests/test_strides.py",
+    "tests/test_transforms.py",
     "tests/test_state.py",
+    "tests/test_ema.py",
+    "tests/test_nn.py",
+    "tests/test_strides.py",
     "tests/test_nonfinite.py",
     "tests/test_range.py",
-    "tests/test_determinism.py",
-    "tests/test_linear_recurrence.py",
-    "tests/test_time_varying.py",
+    "tests/test_errors.py",
+    "tests/test_smoke.py",
 ]
 
 #: -fno-wrapv because Python's own flags define signed overflow, and it would not be looked for.
@@ -94,6 +109,24 @@ def check_that_it_can_fail(root: Path, environment: dict[str, str]) -> None:
     build(root)
 
 
+def run_tests(tests: list[str], root: Path, environment: dict[str, str]) -> bool:
+    """Whether all pass: a process for each core, up to four, each with its share of them."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    count = min(os.cpu_count() or 1, 4, len(tests))
+    shares = [tests[i::count] for i in range(count)]
+    logs = [root / f"share{i}.log" for i in range(count)]
+    running = [
+        subprocess.Popen(
+            [*command, *share], cwd=root, env=environment, stdout=log.open("w"), stderr=STDOUT
+        )
+        for share, log in zip(shares, logs, strict=True)
+    ]
+    codes = [process.wait() for process in running]
+    for log in logs:
+        print(log.read_text(), flush=True)
+    return not any(codes)
+
+
 def main() -> None:
     if sys.argv[1:2] in (["-h"], ["--help"]):
         sys.exit(__doc__)
@@ -103,10 +136,8 @@ def main() -> None:
         shutil.copytree(ROOT, root, ignore=ignored, dirs_exist_ok=True)
         environment = {**sanitized(), "PYTHONPATH": folder}
         check_that_it_can_fail(root, environment)
-        tests = sys.argv[1:] or TESTS
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        run = subprocess.run([*command, *tests], cwd=root, env=environment)
-    sys.exit(run.returncode)
+        succeeded = run_tests(sys.argv[1:] or TESTS, root, environment)
+    sys.exit(0 if succeeded else 1)
 
 
 if __name__ == "__main__":

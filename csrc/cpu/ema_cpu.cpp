@@ -76,9 +76,9 @@ void run_varying_cut(const Problem& problem, const Kernels& kernels, const Plan&
            [&](int64_t begin, int64_t end) { kernels.find_maps(problem, begin, end, maps.get()); });
   kernels.fold_maps(problem, 0, problem.rows, maps.get(), before.get());
   parallel(plan.items, plan.samples_per_item, [&](int64_t begin, int64_t end) {
-    kernels.scan_varying_segments(problem, begin, end, before.get());
+    kernels.scan_varying_segments(problem, begin, end, before.get(), maps.get());
   });
-  kernels.finish_varying_rows(problem, 0, problem.rows, before.get());
+  kernels.finish_varying_rows(problem, 0, problem.rows, before.get(), maps.get());
 }
 
 // Asks for huge pages under a large output that has just been mapped and not yet been touched.

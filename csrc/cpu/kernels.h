@@ -18,8 +18,10 @@ struct Kernels {
   void (*scan_varying_lanes)(const Problem&, int64_t begin, int64_t end);
   void (*find_maps)(const Problem&, int64_t begin, int64_t end, Affine*);
   void (*fold_maps)(const Problem&, int64_t begin, int64_t end, const Affine*, double* before);
-  void (*scan_varying_segments)(const Problem&, int64_t begin, int64_t end, const double* before);
-  void (*finish_varying_rows)(const Problem&, int64_t begin, int64_t end, const double* before);
+  void (*scan_varying_segments)(const Problem&, int64_t begin, int64_t end, const double* before,
+                                Affine*);
+  void (*finish_varying_rows)(const Problem&, int64_t begin, int64_t end, const double* before,
+                              const Affine*);
   // Rows in segments, row * segments(problem) + segment: cut.h.
   void (*find_aggregates)(const Problem&, int64_t begin, int64_t end, Carry*);
   void (*scan_segments)(const Problem&, int64_t begin, int64_t end, const Carry*, SegmentEnd*);

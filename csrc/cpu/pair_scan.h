@@ -46,8 +46,8 @@ class PairScan {
     const int64_t whole = count - count % (kN * kN);
     double last = whole > 0 ? stretches<true>(a, b, whole / kN, carry, y, so_far) : carry;
     last = one_by_one(a + whole, b + whole, count - whole, last, y + whole);
-    // What is not finite stays so, whatever the coefficients. But a product of coefficients may
-    // overflow, and meet a zero, where the loop does not.
+    // What is not finite stays so, whatever the coefficients. But a map may overflow where no y
+    // does, and a y within a stretch whose map is finite.
     return finite(last) ? last : one_by_one(a, b, count, carry, y);
   }
 
@@ -65,7 +65,7 @@ class PairScan {
     return y;
   }
 
-  // kN stretches of `length` samples each, a multiple of kN.
+  // kN stretches of `length` samples each, a multiple of kN. Returns NaN if any y is not finite.
   template <bool kWrite>
   static double stretches(const double* a, const double* b, int64_t length, double carry, double* y,
                           Affine& so_far) {
@@ -88,7 +88,7 @@ class PairScan {
       so_far.drive = ratio[lane] * so_far.drive + drive[lane];
     }
     if (!kWrite) return 0;
-    D before{};
+    D before{}, bad{};
     for (int lane = 0; lane < kN; ++lane) {
       before[lane] = carry;
       carry = ratio[lane] * carry + drive[lane];
@@ -98,11 +98,13 @@ class PairScan {
 #pragma GCC unroll 8
       for (int k = 0; k < kN; ++k)
         p[k] = load<D>(ratios + (i + k) * kN) * before + load<D>(drives + (i + k) * kN);
+#pragma GCC unroll 8
+      for (int k = 0; k < kN; ++k) bad += p[k] * 0.0;
       transpose<kN>(p);
 #pragma GCC unroll 8
       for (int k = 0; k < kN; ++k) store(y + i + k * length, p[k]);
     }
-    return carry;
+    return carry + sum_lanes<double, kN>(bad);
   }
 
   // Lane by lane the next kN samples of its stretch.

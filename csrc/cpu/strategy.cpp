@@ -3,11 +3,19 @@
 #include "cpu/strategy.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/tuning.h"
 
 namespace ema_ext::cpu {
 namespace {
+
+constexpr int kUnforced = -1;
+std::atomic<int> forced_strategy{kUnforced};
+
+bool forced(Strategy family) {
+  return forced_strategy.load(std::memory_order_relaxed) == static_cast<int>(family);
+}
 
 // Moves axis `from` to position `to`, the others keeping their order.
 void move_axis(Problem& problem, int from, int to) {
@@ -24,7 +32,8 @@ void move_axis(Problem& problem, int from, int to) {
 // The axis whose rows walk side by side, or -1: one along which they touch in every tensor of
 // samples; for very short rows, whatever their strides, the longest.
 int lane_axis(const Problem& problem) {
-  if (problem.length < kShortRow) {
+  if (forced(Strategy::kRows) || forced(Strategy::kCut)) return -1;
+  if (problem.length < kShortRow || forced(Strategy::kLanes)) {
     const int64_t* longest = std::max_element(problem.sizes, problem.sizes + problem.ndim);
     return problem.ndim > 0 ? static_cast<int>(longest - problem.sizes) : -1;
   }
@@ -49,9 +58,12 @@ Plan make_plan(Problem& problem, int threads) {
             problem.length * std::min<int64_t>(width, lanes)};
   }
   const int64_t count = segments(problem);
-  const bool cut = count > 1 && threads > 1 && problem.rows < 4 * threads;
+  const bool always = forced(Strategy::kCut), never = forced(Strategy::kRows);
+  const bool pays = threads > 1 && problem.rows < 4 * threads;
+  const bool cut = count > 1 && !never && (always || pays);
   if (varying) {
-    if (cut && problem.varying && problem.rows * count >= kVaryingCutItems * threads)
+    const bool enough = always || problem.rows * count >= kVaryingCutItems * threads;
+    if (cut && enough && problem.varying)
       return {Strategy::kVaryingCut, problem.rows * count, kSegmentSamples};
     return {Strategy::kVaryingRows, problem.rows, problem.length};
   }
@@ -63,6 +75,10 @@ Plan make_plan(Problem& problem, int threads) {
   }
   if (cut) return {Strategy::kCut, problem.rows * count, kSegmentSamples};
   return {Strategy::kRows, problem.rows, problem.length};
+}
+
+void force_strategy(std::optional<Strategy> family) {
+  forced_strategy = family ? static_cast<int>(*family) : kUnforced;
 }
 
 }  // namespace ema_ext::cpu

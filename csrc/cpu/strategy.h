@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "problem.h"
 
@@ -24,5 +25,9 @@ struct Plan {
 
 // Reorders the problem's axes as the chosen kernel wants them. Results do not depend on `threads`.
 Plan make_plan(Problem& problem, int threads);
+
+// kRows, kLanes and kCut stand for their families: from now on every problem of this process that
+// can be scanned so is. For tests, which take every kernel over problems it is not chosen for.
+void force_strategy(std::optional<Strategy> family);
 
 }  // namespace ema_ext::cpu

@@ -122,8 +122,8 @@ class VaryingRows {
       map_ = {};
       walk(n, n + length);
       // As where threads share the segments.
-      if (n + length < problem_.length && finite(map_.ratio) && finite(map_.drive))
-        state_[0] = follow(map_, start);
+      const double next = follow(map_, start);
+      if (n + length < problem_.length && finite(state_[0]) && finite(next)) state_[0] = next;
     }
     finish();
   }
@@ -141,11 +141,12 @@ class VaryingRows {
     }
     return map;
   }
-  // and its scan from that y.
-  void scan_segment(int64_t begin, double before) {
+  // and its scan from that y, which returns its last.
+  double scan_segment(int64_t begin, double before) {
     state_[0] = before;
     walk(begin, begin + segment_length(problem_));
     if (begin + segment_length(problem_) >= problem_.length) finish();
+    return state_[0];
   }
 
   static double follow(const Affine& map, double y) { return map.ratio * y + map.drive; }
@@ -378,26 +379,31 @@ inline void fold_maps(const Problem& problem, int64_t begin, int64_t end, const 
     for (int64_t i = 0; i < count; ++i) {
       to[i] = y;
       if (i + 1 == count) break;
-      const Affine& map = maps[row * count + i];
-      y = VaryingRows<1>::follow(map, y);
-      known = known && finite(map.ratio) && finite(map.drive) && finite(y);
+      y = VaryingRows<1>::follow(maps[row * count + i], y);
+      known = known && finite(y);
     }
     if (!known) to[0] = __builtin_nan("");
   }
 }
 
+// Leaves in maps[item].drive the segment's last y.
 inline void scan_varying_segments(const Problem& problem, int64_t begin, int64_t end,
-                                  const double* before) {
+                                  const double* before, Affine* maps) {
   for_varying_items(problem, begin, end, [&](VaryingRows<1>& row, int64_t item, int64_t index) {
     if (finite(before[item - index]))
-      row.scan_segment(index * segment_length(problem), before[item]);
+      maps[item] = {0, row.scan_segment(index * segment_length(problem), before[item])};
   });
 }
 
+// A y that is not finite stays so: it may have been passed over where a segment's map is finite.
 inline void finish_varying_rows(const Problem& problem, int64_t begin, int64_t end,
-                                const double* before) {
-  for (; begin < end; ++begin)
-    if (!finite(before[begin * segments(problem)])) scan_varying_rows(problem, begin, begin + 1);
+                                const double* before, const Affine* maps) {
+  const int64_t count = segments(problem);
+  for (; begin < end; ++begin) {
+    bool known = finite(before[begin * count]);
+    for (int64_t i = 0; i + 1 < count; ++i) known = known && finite(maps[begin * count + i].drive);
+    if (!known) scan_varying_rows(problem, begin, begin + 1);
+  }
 }
 
 template <int W>
