@@ -57,6 +57,12 @@ struct BFloat16 {
   template <int N>
   static EMA_EXT_INLINE Vector<float, N> get_vector(const uint16_t* from) {
     using Bits = Vector<uint32_t, N>;
+#if EMA_EXT_VECTOR_BYTES >= 32
+    if constexpr (N == 4) {
+      const auto samples = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+      return (Vector<float, N>)((Bits)_mm_cvtepu16_epi32(samples) << 16);
+    }
+#endif
     const auto bits = __builtin_convertvector(load<Vector<uint16_t, N>>(from), Bits) << 16;
     return load<Vector<float, N>>(&bits);
   }
@@ -66,7 +72,14 @@ struct BFloat16 {
     const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const auto quiet = (bits >> 16) | 0x40u;
     const auto nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    store(to, __builtin_convertvector(nan ? quiet : rounded, Vector<uint16_t, N>));
+    const auto kept = nan ? quiet : rounded;
+#if EMA_EXT_VECTOR_BYTES >= 32
+    if constexpr (N == 4) {
+      const auto packed = _mm_packus_epi32((__m128i)kept, (__m128i)kept);
+      return _mm_storel_epi64(reinterpret_cast<__m128i*>(to), packed);
+    }
+#endif
+    store(to, __builtin_convertvector(kept, Vector<uint16_t, N>));
   }
   static EMA_EXT_INLINE void unpack(const uint16_t* from, int64_t n, float* to) {
     constexpr int kN = kLanes<float>;
