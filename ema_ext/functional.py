@@ -128,7 +128,7 @@ def ema(
             if traced() or (x.requires_grad and torch.is_grad_enabled()):
                 y: Tensor = float_ema(x, alpha, None, time, reverse, False)
                 return y
-            return _ops.ema(x, alpha, None, time, reverse)
+            return _ops.ema_directly(x, alpha, None, time, reverse)
         except NotImplementedError:
             pass  # no kernel for this device or layout: _general names it
     return _general(x, alpha, dim, initial_state, reverse, return_state)

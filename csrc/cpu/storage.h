@@ -57,6 +57,12 @@ struct BFloat16 {
   template <int N>
   static EMA_EXT_INLINE Vector<float, N> get_vector(const uint16_t* from) {
     using Bits = Vector<uint32_t, N>;
+#if EMA_EXT_VECTOR_BYTES >= 32
+    if constexpr (N == 4) {
+      const auto samples = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+      return (Vector<float, N>)((Bits)_mm_cvtepu16_epi32(samples) << 16);
+    }
+#endif
     const auto bits = __builtin_convertvector(load<Vector<uint16_t, N>>(from), Bits) << 16;
     return load<Vector<float, N>>(&bits);
   }
@@ -66,7 +72,14 @@ struct BFloat16 {
     const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const auto quiet = (bits >> 16) | 0x40u;
     const auto nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    store(to, __builtin_convertvector(nan ? quiet : rounded, Vector<uint16_t, N>));
+    const auto kept = nan ? quiet : rounded;
+#if EMA_EXT_VECTOR_BYTES >= 32
+    if constexpr (N == 4) {
+      const auto packed = _mm_packus_epi32((__m128i)kept, (__m128i)kept);
+      return _mm_storel_epi64(reinterpret_cast<__m128i*>(to), packed);
+    }
+#endif
+    store(to, __builtin_convertvector(kept, Vector<uint16_t, N>));
   }
   static EMA_EXT_INLINE void unpack(const uint16_t* from, int64_t n, float* to) {
     constexpr int kN = kLanes<float>;
@@ -75,11 +88,30 @@ struct BFloat16 {
     for (; i < n; ++i) to[i] = get(from[i]);
   }
   static EMA_EXT_INLINE void pack(const float* from, int64_t n, uint16_t* to) {
-    constexpr int kN = kLanes<float>;
     int64_t i = 0;
-    for (; i + kN <= n; i += kN) put_vector<kN>(load<Vector<float, kN>>(from + i), to + i);
+#if EMA_EXT_VECTOR_BYTES >= 32
+    // Two vectors at a time, and NaN, which is rare, afterwards.
+    __m256 strange{};
+    for (; i + 16 <= n; i += 16) {
+      const auto low = load<__m256>(from + i), high = load<__m256>(from + i + 8);
+      const auto packed = _mm256_packus_epi32(round_number(low), round_number(high));
+      store(to + i, _mm256_permute4x64_epi64(packed, 0xd8));
+      strange = _mm256_or_ps(strange, _mm256_cmp_ps(low, high, _CMP_UNORD_Q));
+    }
+    if (_mm256_movemask_ps(strange) != 0) i = 0;
+#endif
     for (; i < n; ++i) to[i] = put(from[i]);
   }
+
+ private:
+#if EMA_EXT_VECTOR_BYTES >= 32
+  // put for what is no NaN, each result in 32 bits.
+  static EMA_EXT_INLINE __m256i round_number(__m256 values) {
+    using Bits = Vector<uint32_t, 8>;
+    const auto bits = (Bits)values;
+    return (__m256i)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+#endif
 };
 
 struct Float16 {
