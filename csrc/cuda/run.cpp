@@ -1,0 +1,96 @@
+// See run.h.
+
+#include "cuda/run.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/kernels.h"
+#include "cuda/strategy.h"
+
+namespace ema_ext::cuda {
+namespace {
+
+const Kernels& kernels_for(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return kKernelsFloat64;
+    case Dtype::kFloat16:
+      return kKernelsFloat16;
+    case Dtype::kBFloat16:
+      return kKernelsBFloat16;
+    default:
+      return kKernelsFloat32;
+  }
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// The operand's last `ndim` row axes, at one index of those before.
+View view_of(const Operand& operand, int64_t offset, int first, int ndim) {
+  View view{operand.data, operand.time_stride, {}, operand.dtype};
+  if (view.data != nullptr)
+    view.data = static_cast<char*>(view.data) + offset * bytes_of(operand.dtype);
+  std::copy_n(operand.row_strides + first, ndim, view.row_strides);
+  return view;
+}
+
+// The rows of the innermost kRowDims axes at the `outer`'th index of the others.
+Scan scan_of(const Problem& problem, int64_t outer) {
+  const int first = std::max(0, problem.ndim - kRowDims), ndim = problem.ndim - first;
+  Scan scan{};
+  const auto view = [&](const Operand& operand) {
+    int64_t offset = 0, rest = outer;
+    for (int d = first - 1; d >= 0; --d) {
+      offset += rest % problem.sizes[d] * operand.row_strides[d];
+      rest /= problem.sizes[d];
+    }
+    return view_of(operand, offset, first, ndim);
+  };
+  scan.x = view(problem.x);
+  scan.y = view(problem.y);
+  scan.coefficient = view(problem.coefficient);
+  scan.start = view(problem.start);
+  scan.state = view(problem.state);
+  scan.forward_x = view(problem.forward_x);
+  scan.forward_y = view(problem.forward_y);
+  scan.forward_start = view(problem.forward_start);
+  scan.grad_coefficient = view(problem.grad_coefficient);
+  scan.length = problem.length;
+  scan.rows = 1;
+  for (int d = 0; d < ndim; ++d) scan.rows *= scan.sizes[d] = problem.sizes[first + d];
+  scan.value = problem.value;
+  scan.ndim = ndim;
+  scan.op = problem.op;
+  scan.varying = problem.varying;
+  scan.has_initial_state = problem.has_initial_state;
+  return scan;
+}
+
+void run_scan(const Scan& scan, const Device& device, cudaStream_t stream,
+              const Allocate& allocate) {
+  const Kernels& kernels = kernels_for(scan.x.dtype);
+  const Plan plan = make_plan(scan, device);
+  const Workspace workspace = kernels.workspace(scan, plan);
+  void* memory = nullptr;
+  if (workspace.bytes > 0) {
+    memory = allocate(workspace.bytes);
+    check(cudaMemsetAsync(memory, 0, workspace.cleared, stream), "ema_ext: clearing the workspace");
+  }
+  check(kernels.scan(scan, plan, memory, stream), "ema_ext: launching a kernel");
+}
+
+}  // namespace
+
+void run(Problem& problem, const Device& device, cudaStream_t stream, const Allocate& allocate) {
+  if (problem.rows == 0 || problem.length == 0) return;
+  int64_t outer = 1;
+  for (int d = 0; d < problem.ndim - kRowDims; ++d) outer *= problem.sizes[d];
+  for (int64_t i = 0; i < outer; ++i) run_scan(scan_of(problem, i), device, stream, allocate);
+}
+
+}  // namespace ema_ext::cuda

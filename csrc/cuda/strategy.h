@@ -1,0 +1,27 @@
+// Which kernel a Scan goes to, and how many blocks: a pure function of its shape, its strides and
+// the addresses' alignment, and of the device's size.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device.h"
+#include "cuda/scan.h"
+
+namespace ema_ext::cuda {
+
+enum class Strategy : int8_t {
+  kRows,       // row_tiles.cuh: a team of threads per row
+  kSplitRows,  // split_rows.cuh: a block per tile of a row
+};
+
+struct Plan {
+  Strategy strategy;
+  int team;      // threads per row, of kRows
+  bool aligned;  // samples move 16 bytes at a time
+  int64_t blocks;
+  int64_t tiles;  // per row, of kSplitRows
+};
+
+Plan make_plan(const Scan& scan, const Device& device);
+
+}  // namespace ema_ext::cuda
