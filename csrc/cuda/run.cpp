@@ -30,6 +30,17 @@ void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// The axis along which rows walk side by side to the last place, the others keeping their order.
+void move_lanes_last(Problem& problem) {
+  const int axis = lane_axis(problem);
+  if (axis < 0) return;
+  const auto rotate = [&](int64_t* axes) {
+    std::rotate(axes + axis, axes + axis + 1, axes + problem.ndim);
+  };
+  rotate(problem.sizes);
+  problem.for_each_operand([&](Operand& operand) { rotate(operand.row_strides); });
+}
+
 // The operand's last `ndim` row axes, at one index of those before.
 View view_of(const Operand& operand, int64_t offset, int first, int ndim) {
   View view{operand.data, operand.time_stride, {}, operand.dtype};
@@ -88,6 +99,7 @@ void run_scan(const Scan& scan, const Device& device, cudaStream_t stream,
 
 void run(Problem& problem, const Device& device, cudaStream_t stream, const Allocate& allocate) {
   if (problem.rows == 0 || problem.length == 0) return;
+  move_lanes_last(problem);
   int64_t outer = 1;
   for (int d = 0; d < problem.ndim - kRowDims; ++d) outer *= problem.sizes[d];
   for (int64_t i = 0; i < outer; ++i) run_scan(scan_of(problem, i), device, stream, allocate);

@@ -36,22 +36,77 @@ bool is_aligned(const Scan& scan, bool with_heads) {
   return true;
 }
 
+// Whether 16 bytes of rows side by side can be moved at once.
+bool is_lane_aligned(const Scan& scan) {
+  const int64_t samples = 16 / bytes_of(scan.x.dtype);
+  if (scan.sizes[scan.ndim - 1] % samples != 0) return false;
+  for (const View* view : {&scan.x, &scan.y, &scan.forward_x}) {
+    if (view->data == nullptr) continue;
+    if (phase(*view, samples) != 0 || view->time_stride % samples != 0) return false;
+    for (int d = 0; d < scan.ndim - 1; ++d)
+      if (view->row_strides[d] % samples != 0) return false;
+  }
+  return true;
+}
+
+Plan lanes_plan(const Scan& scan, const Device& device) {
+  const bool aligned = is_lane_aligned(scan), gradient = scan.grad_coefficient.data != nullptr;
+  const int64_t bytes = bytes_of(scan.x.dtype), width = scan.sizes[scan.ndim - 1];
+  const int per_thread = aligned ? static_cast<int>(16 / bytes) : 1;
+  int columns = kLaneColumns;
+  while (2 * columns * per_thread <= lanes_per_block(per_thread, gradient) &&
+         columns * per_thread < width)
+    columns *= 2;
+  const int64_t groups = scan.rows / width * ceil_div(width, columns * per_thread);
+  const int64_t tiles =
+      ceil_div(scan.length, lane_steps(bytes, gradient) * (kBlockThreads / columns));
+  const bool split =
+      groups < kRowsPerMultiprocessor * device.multiprocessors && tiles >= kSplitTiles;
+  return {split ? Strategy::kSplitLanes : Strategy::kLanes,
+          0,
+          aligned,
+          split ? groups * tiles : groups,
+          tiles,
+          columns};
+}
+
+bool touch(const Scan& scan) {
+  const int d = scan.ndim - 1;
+  return d >= 0 && scan.sizes[d] * bytes_of(scan.x.dtype) >= kLaneBytes &&
+         scan.x.time_stride != 1 && scan.x.time_stride != -1 && scan.x.row_strides[d] == 1 &&
+         scan.y.row_strides[d] == 1 &&
+         (scan.forward_x.data == nullptr || scan.forward_x.row_strides[d] == 1);
+}
+
 }  // namespace
 
+int lane_axis(const Problem& problem) {
+  if (problem.x.time_stride == 1 || problem.x.time_stride == -1) return -1;
+  for (int d = 0; d < problem.ndim; ++d)
+    if (rows_touch(problem, d)) return d;
+  return -1;
+}
+
 Plan make_plan(const Scan& scan, const Device& device) {
+  if (touch(scan)) return lanes_plan(scan, device);
   const int64_t items = kThreadChunks * (16 / bytes_of(scan.x.dtype));
   const int64_t tile = items * kBlockThreads;
   const int64_t tiles = std::max<int64_t>(
       1, ceil_div(scan.length / (items / kThreadChunks), kThreadChunks * kBlockThreads));
   const bool few = scan.rows < kRowsPerMultiprocessor * device.multiprocessors;
   if (few && scan.length >= kSplitTiles * tile)
-    return {Strategy::kSplitRows, kBlockThreads, is_aligned(scan, true), scan.rows * tiles, tiles};
+    return {Strategy::kSplitRows, kBlockThreads, is_aligned(scan, true),
+            scan.rows * tiles,    tiles,         0};
   const int team = scan.length <= kShortTiles * 8 * items ? 8
                    : scan.rows >= kWarpRows * device.multiprocessors || scan.length <= 64 * items
                        ? 32
                        : kBlockThreads;
-  return {Strategy::kRows, team, is_aligned(scan, team > 8),
-          ceil_div(scan.rows, kBlockThreads / team), 0};
+  return {Strategy::kRows,
+          team,
+          is_aligned(scan, team > 8),
+          ceil_div(scan.rows, kBlockThreads / team),
+          0,
+          0};
 }
 
 }  // namespace ema_ext::cuda

@@ -10,8 +10,10 @@
 namespace ema_ext::cuda {
 
 enum class Strategy : int8_t {
-  kRows,       // row_tiles.cuh: a team of threads per row
-  kSplitRows,  // split_rows.cuh: a block per tile of a row
+  kRows,        // row_tiles.cuh: a team of threads per row
+  kSplitRows,   // split_rows.cuh: a block per tile of a row
+  kLanes,       // lanes.cuh: rows side by side
+  kSplitLanes,  // the same, a block per tile
 };
 
 struct Plan {
@@ -19,8 +21,12 @@ struct Plan {
   int team;      // threads per row, of kRows
   bool aligned;  // samples move 16 bytes at a time
   int64_t blocks;
-  int64_t tiles;  // per row, of kSplitRows
+  int64_t tiles;  // per row; 0 of kRows
+  int columns;    // threads across, of kLanes and kSplitLanes
 };
+
+// The axis along which rows walk side by side, to be moved to the last place, or -1.
+int lane_axis(const Problem& problem);
 
 Plan make_plan(const Scan& scan, const Device& device);
 

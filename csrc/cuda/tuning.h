@@ -12,6 +12,7 @@ constexpr int kThreadChunks = 2;
 
 // Threads of a block in every kernel. Eight warps share one carry per tile.
 constexpr int kBlockThreads = 256;
+constexpr int kBlockWarps = kBlockThreads / 32;
 
 // Blocks per multiprocessor that the registers of a kernel must leave room for: 80 registers a
 // thread for a scan, 128 where two tensors are held at once.
@@ -30,5 +31,27 @@ constexpr int64_t kWarpRows = 32;
 // per row would leave multiprocessors idle, and the look-back costs a few microseconds.
 constexpr int64_t kRowsPerMultiprocessor = 2;
 constexpr int64_t kSplitTiles = 4;
+
+// Time-strided rows: samples that a thread takes of each of its rows per tile, each from a line of
+// its own, so that 128 bytes are in flight; where two tensors are and samples are not float32, half
+// as many, for want of registers.
+constexpr int lane_steps(int64_t sample_bytes, bool gradient) {
+  return gradient && sample_bytes != 4 ? 4 : 8;
+}
+
+// Rows of a block, where each thread has `rows` of them: so many threads across that they read 256
+// or 512 bytes at a time, and that what they share stays below 48 kB.
+constexpr int lanes_per_block(int rows, bool gradient) {
+  return rows == 1 ? 32 : rows == 2 || gradient ? 64 : 128;
+}
+
+// The fewest threads across, and from how many bytes of neighbouring rows on they count as side by
+// side: below two sectors of 32 bytes most of what is read would be thrown away either way.
+constexpr int kLaneColumns = 4;
+constexpr int64_t kLaneBytes = 64;
+
+// Tiles of time-strided rows between anchors: each row reads that many messages per tile, which are
+// a hundredth of its samples.
+constexpr int64_t kLaneLookBack = 8;
 
 }  // namespace ema_ext::cuda
