@@ -1,0 +1,198 @@
+"""Builds the executor of cuda_executor/ and speaks to it.
+
+Objects are kept in build/cuda_executor, by what they are made of.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCES = Path(__file__).parent / "cuda_executor"
+BUILD = ROOT / "build" / "cuda_executor"
+
+SCHEDULES = ("in order", "reversed", "random")
+
+#: Of what runs in a kernel. Volatile accesses are messages, and are told apart; that a function
+#: begins or ends is no access; tests know of signed overflow by their values.
+KERNEL_FLAGS = [
+    "-fsanitize=thread",
+    "--param=tsan-distinguish-volatile=1",
+    "--param=tsan-instrument-func-entry-exit=0",
+    "-fsanitize=alignment",
+    "-Wno-tsan",
+]
+COMMON_FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+
+def cuda_headers() -> Path | None:
+    """Where cuda_runtime.h lies, if there is a toolkit."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        return None
+    # nvcc on the PATH may be a wrapper script: its own account of its paths is the true one.
+    account = subprocess.run(
+        [nvcc, "--dryrun", "none.cu"], capture_output=True, text=True, check=False
+    ).stderr
+    for path in re.findall(r'"-I([^"]+)"', account):
+        if Path(path, "cuda_runtime.h").exists():
+            return Path(path)
+    return None
+
+
+NO_TOOLKIT = "no CUDA toolkit: the executor needs the headers beside nvcc"
+
+
+@dataclass
+class Unit:
+    """A source file and how it is compiled."""
+
+    source: Path
+    flags: list[str]
+    includes: list[Path]  # directories whose headers it may use, and which are searched in order
+
+    def command(self, target: Path) -> list[str]:
+        """What compiles it."""
+        search = [f"-I{path}" for path in self.includes]
+        return [
+            os.environ.get("CXX", "c++"),
+            *self.flags,
+            *search,
+            *("-x", "c++", "-c", str(self.source), "-o", str(target)),
+        ]
+
+    def digest(self) -> str:
+        """Of the command and of all that it may read."""
+        state = hashlib.sha256(" ".join(self.command(Path("target"))).encode())
+        headers = (
+            path
+            for directory in self.includes
+            for path in sorted(directory.rglob("*"))
+            if path.suffix in (".h", ".cuh", ".inc")
+        )
+        for path in (self.source, *headers):
+            state.update(path.read_bytes())
+        return state.hexdigest()[:24]
+
+
+def build(name: str, units: list[Unit], link: list[str]) -> Path:
+    """The shared library of the units, made where it is not there yet."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    objects = [BUILD / f"{unit.source.stem}-{unit.digest()}.o" for unit in units]
+    together = hashlib.sha256(" ".join([*map(str, objects), *link]).encode()).hexdigest()[:24]
+    library = BUILD / f"{name}-{together}.so"
+    if library.exists():
+        return library
+
+    def make(target: Path, command: list[str]) -> None:
+        if target.exists():
+            return
+        # Another process may do the same: whole files only appear.
+        own = target.with_name(f"{os.getpid()}-{target.name}")
+        done = subprocess.run(
+            [own if part == str(target) else part for part in command],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
+        own.rename(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for job in [
+            pool.submit(make, target, unit.command(target))
+            for unit, target in zip(units, objects, strict=True)
+        ]:
+            job.result()
+    make(
+        library,
+        [os.environ.get("CXX", "c++"), "-shared", *map(str, objects), *link, *("-o", str(library))],
+    )
+    return library
+
+
+def machine_units(headers: Path) -> list[Unit]:
+    """The executor itself, without kernels."""
+    flags = [*COMMON_FLAGS, "-isystem", str(headers)]
+    return [
+        Unit(SOURCES / name, flags, [SOURCES])
+        for name in ("machine.cpp", "memory.cpp", "hooks.cpp", "control.cpp")
+    ]
+
+
+def fiber_library() -> list[str]:
+    """Boost.Context where its headers are, as fiber.h decides."""
+    return ["-lboost_context"] if Path("/usr/include/boost/context").exists() else []
+
+
+def build_examples(headers: Path) -> Path:
+    """The library of examples.cpp."""
+    flags = [*COMMON_FLAGS, *KERNEL_FLAGS, "-isystem", str(headers)]
+    examples = Unit(SOURCES / "examples.cpp", flags, [SOURCES / "include", SOURCES])
+    return build("examples", [*machine_units(headers), examples], fiber_library())
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one tensor or workspace: its bytes, and how often one of them was read and written."""
+
+    bytes: int
+    least_read: int
+    most_read: int
+    least_written: int
+    most_written: int
+    bytes_read: int
+    bytes_written: int
+
+
+class Executor:
+    """A library that holds an executor."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.library.executor_error.restype = ctypes.c_char_p
+        self.library.executor_counts.restype = ctypes.c_char_p
+        self.library.executor_trace.restype = ctypes.c_uint64
+
+    def set(
+        self,
+        schedule: str = "in order",
+        seed: int = 0,
+        resident: int = 8,
+        checks: bool = True,
+        seconds: float = 60,
+        multiprocessors: int = 4,
+    ) -> None:
+        """How the next launches run."""
+        self.library.executor_set(
+            SCHEDULES.index(schedule),
+            ctypes.c_uint64(seed),
+            resident,
+            ctypes.c_bool(checks),
+            ctypes.c_double(seconds),
+            multiprocessors,
+        )
+
+    def error(self) -> str:
+        """What the last run broke."""
+        return self.library.executor_error().decode()
+
+    def trace(self) -> int:
+        """A hash of who ran when, in the last launch."""
+        return self.library.executor_trace()
+
+    def counts(self) -> dict[str, Count]:
+        """What the last run read and wrote, by the name of the tensor."""
+        lines = self.library.executor_counts().decode().splitlines()
+        fields = [line.split("\t") for line in lines]
+        return {name: Count(*map(int, numbers)) for name, *numbers in fields}
