@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 SOURCES = Path(__file__).parent / "cuda_executor"
 BUILD = ROOT / "build" / "cuda_executor"
@@ -33,6 +35,29 @@ KERNEL_FLAGS = [
 COMMON_FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
+#: The faults of examples.cpp, by their numbers there.
+FAULTS = (
+    "none",
+    "no barrier",
+    "no release",
+    "flag first",
+    "block order",
+    "forgets infinity",
+    "garbage lanes",
+    "out of bounds",
+    "uninitialised",
+    "divergent barrier",
+    "two barriers",
+    "deadlock",
+    "misaligned",
+    "arrival order",
+    "skips a sample",
+    "writes its input",
+    "no barrier after",
+    "spins",
+)
+
+
 def cuda_headers() -> Path | None:
     """Where cuda_runtime.h lies, if there is a toolkit."""
     home = os.environ.get("CUDA_HOME")
@@ -49,7 +74,13 @@ def cuda_headers() -> Path | None:
     return None
 
 
-NO_TOOLKIT = "no CUDA toolkit: the executor needs the headers beside nvcc"
+def needed_headers() -> Path:
+    """The same, or the test is skipped; but not in CI, which has a toolkit."""
+    headers = cuda_headers()
+    if headers is None:
+        reason = "the executor needs the headers of a CUDA toolkit, and no nvcc was found"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    return headers
 
 
 @dataclass
@@ -121,25 +152,27 @@ def build(name: str, units: list[Unit], link: list[str]) -> Path:
     return library
 
 
-def machine_units(headers: Path) -> list[Unit]:
+def machine_units(headers: Path, *defines: str) -> list[Unit]:
     """The executor itself, without kernels."""
-    flags = [*COMMON_FLAGS, "-isystem", str(headers)]
+    flags = [*COMMON_FLAGS, *defines, "-isystem", str(headers)]
     return [
         Unit(SOURCES / name, flags, [SOURCES])
         for name in ("machine.cpp", "memory.cpp", "hooks.cpp", "control.cpp")
     ]
 
 
-def fiber_library() -> list[str]:
+def fiber_library(defines: tuple[str, ...] = ()) -> list[str]:
     """Boost.Context where its headers are, as fiber.h decides."""
-    return ["-lboost_context"] if Path("/usr/include/boost/context").exists() else []
+    boost = Path("/usr/include/boost/context").exists() and not defines
+    return ["-lboost_context"] if boost else []
 
 
-def build_examples(headers: Path) -> Path:
+def build_examples(headers: Path, *defines: str) -> Path:
     """The library of examples.cpp."""
     flags = [*COMMON_FLAGS, *KERNEL_FLAGS, "-isystem", str(headers)]
     examples = Unit(SOURCES / "examples.cpp", flags, [SOURCES / "include", SOURCES])
-    return build("examples", [*machine_units(headers), examples], fiber_library())
+    units = [*machine_units(headers, *defines), examples]
+    return build("examples", units, fiber_library(defines))
 
 
 @dataclass(frozen=True)

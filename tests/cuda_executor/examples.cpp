@@ -4,8 +4,6 @@
 // y[n] = c * y[n-1] + x[n]. One block takes one tile, by a ticket; its last thread waits for the
 // state after the tile before and sends on the state after its own.
 
-#include <cstdio>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -53,6 +51,7 @@ struct Shared {
   unsigned tile;
   unsigned arrived;
   float ends[kTile / 32];
+  float shares[kTile / 32];
   float carry;
 };
 
@@ -112,11 +111,10 @@ struct Scan {
       const float before = __shfl_up_sync(~0u, s, d);
       if (lane >= d) s += factor * before;
     }
-    if (kFault == kArrivalOrder) {
-      if (lane == 31)
-        shared.ends[atomicAdd(&shared.arrived, 1u)] = power(a.c, kTile - 32 - 32 * warp) * s;
-    } else if (lane == 31) {
+    if (lane == 31) {
       shared.ends[warp] = s;
+      const float share = power(a.c, kTile - 32 - 32 * warp) * s;
+      if (kFault == kArrivalOrder) shared.shares[atomicAdd(&shared.arrived, 1u)] = share;
     }
     if (kFault == kDeadlock && warp == 0 && lane > 0) __syncwarp();
     if (kFault == kTwoBarriers && thread % 2)
@@ -127,15 +125,18 @@ struct Scan {
     float end = 0;  // the state after the warps before
     for (int w = 0; w < warp; ++w) end = power(a.c, 32) * end + shared.ends[w];
     s += power(a.c, lane + 1) * end;
-    if (kFault == kArrivalOrder && thread == kTile - 1)
-      s = shared.ends[0] + shared.ends[1] + shared.ends[2] + shared.ends[3];
     if (kFault == kNoBarrierAfter && thread == 0) shared.ends[1] = 0;
 
     if (thread == kTile - 1) {
       float carry = tile == 0 ? 0 : receive(a, tile - 1, kFault);
       const float reach = power(a.c, kTile);
       if (kFault == kForgetsInfinity && reach < 1e-30f) carry = 0;
-      send(a, tile, reach * carry + s, kFault);
+      float aggregate = s;
+      if (kFault == kArrivalOrder) {
+        aggregate = 0;
+        for (float share : shared.shares) aggregate += share;
+      }
+      send(a, tile, reach * carry + aggregate, kFault);
       if (kFault != kUninitialised || tile > 0) shared.carry = carry;
     }
     __syncthreads();

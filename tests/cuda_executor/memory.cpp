@@ -147,9 +147,13 @@ Range& Memory::add(Range range) {
     for (const Range* part : {&range, &other})
       for (size_t k = 0; k < part->cells.size(); ++k)
         cells[(part->base - base) / kCell + k].element |= part->cells[k].element;
-    range = {other.name + " and " + range.name, base,
-             static_cast<size_t>(end - base),   other.initialised && range.initialised,
-             other.writable || range.writable, other.output || range.output, std::move(cells)};
+    range = {other.name + " and " + range.name,
+             base,
+             static_cast<size_t>(end - base),
+             other.initialised && range.initialised,
+             other.writable || range.writable,
+             other.output || range.output,
+             std::move(cells)};
     ranges_.erase(ranges_.begin() + static_cast<int64_t>(i));
     i = 0;
   }
