@@ -83,6 +83,10 @@ def needed_headers() -> Path:
     return headers
 
 
+#: Of csrc/cuda: what speaks to torch of a GPU, and a kernel that is started by itself.
+NOT_FOR_THE_EXECUTOR = ("ema_cuda.cpp", "probe.cu")
+
+
 @dataclass
 class Unit:
     """A source file and how it is compiled."""
@@ -157,7 +161,7 @@ def machine_units(headers: Path, *defines: str) -> list[Unit]:
     flags = [*COMMON_FLAGS, *defines, "-isystem", str(headers)]
     return [
         Unit(SOURCES / name, flags, [SOURCES])
-        for name in ("machine.cpp", "memory.cpp", "hooks.cpp", "control.cpp")
+        for name in ("machine.cpp", "shadow.cpp", "hooks.cpp", "control.cpp")
     ]
 
 
@@ -173,6 +177,36 @@ def build_examples(headers: Path, *defines: str) -> Path:
     examples = Unit(SOURCES / "examples.cpp", flags, [SOURCES / "include", SOURCES])
     units = [*machine_units(headers, *defines), examples]
     return build("examples", units, fiber_library(defines))
+
+
+def build_operators(headers: Path) -> Path:
+    """The library that registers ema_ext_executor."""
+    import torch
+    from torch.utils import cpp_extension
+
+    csrc = ROOT / "csrc"
+    torch_flags = [
+        *("-O1", "-isystem", cpp_extension.include_paths()[0]),
+        "-DTORCH_TARGET_VERSION=0x020d000000000000",
+        "-Wno-missing-field-initializers",
+    ]
+    host = [*COMMON_FLAGS, "-isystem", str(headers), *torch_flags]
+    kernel = [*COMMON_FLAGS, *KERNEL_FLAGS, "-Wno-unknown-pragmas", "-isystem", str(headers)]
+    include = [SOURCES / "include", SOURCES, csrc]
+    kernels = [
+        path
+        for path in sorted((csrc / "cuda").rglob("*"))
+        if path.suffix in (".cpp", ".cu") and path.name not in NOT_FOR_THE_EXECUTOR
+    ]
+    units = [
+        *machine_units(headers),
+        Unit(SOURCES / "binding.cpp", host, include),
+        Unit(csrc / "arguments.cpp", host, include),
+        *(Unit(path, kernel, include) for path in kernels),
+    ]
+    libraries = Path(torch.__file__).parent / "lib"
+    link = [f"-L{libraries}", "-ltorch_cpu", f"-Wl,-rpath,{libraries}", "-Wl,-z,defs"]
+    return build("operators", units, [*link, *fiber_library()])
 
 
 @dataclass(frozen=True)
@@ -229,3 +263,44 @@ class Executor:
         lines = self.library.executor_counts().decode().splitlines()
         fields = [line.split("\t") for line in lines]
         return {name: Count(*map(int, numbers)) for name, *numbers in fields}
+
+
+def load_operators() -> Executor:
+    """Registers torch.ops.ema_ext_executor.*, the project's CUDA kernels on CPU tensors."""
+    import torch
+
+    import ema_ext  # noqa: F401 - registers the schemas
+
+    library = torch.library.Library("ema_ext_executor", "DEF")
+    for name in operators():
+        packet, _, overload = name.partition(".")
+        schema = str(getattr(getattr(torch.ops.ema_ext, packet), overload or "default")._schema)
+        library.define(schema.removeprefix("ema_ext::"))
+    operator_libraries.append(library)
+    return Executor(build_operators(needed_headers()))
+
+
+def operators() -> list[str]:
+    """The names of ema_ext's operators, "ema.Tensor" and so on."""
+    import torch
+
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(name.removeprefix("ema_ext::") for name in names if name.startswith("ema_ext::"))
+
+
+def take_over() -> Executor:
+    """Lets ema_ext's operators on CPU tensors run the CUDA kernels, for the rest of the process."""
+    import torch
+
+    loaded = load_operators()
+    library = torch.library.Library("ema_ext", "IMPL")
+    for name in operators():
+        packet, _, overload = name.partition(".")
+        kernel = getattr(getattr(torch.ops.ema_ext_executor, packet), overload or "default")
+        library.impl(name, kernel, "CPU", allow_override=True)
+    operator_libraries.append(library)
+    return loaded
+
+
+#: What torch.library undoes when it is collected.
+operator_libraries: list[object] = []

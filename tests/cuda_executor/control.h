@@ -4,7 +4,7 @@
 #include <exception>
 #include <string>
 
-#include "memory.h"
+#include "shadow.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -9,7 +9,7 @@
 
 #include "control.h"
 #include "cuda/launch.cuh"
-#include "memory.h"
+#include "shadow.h"
 
 namespace {
 

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU, to prove what can be proven without a GPU.
 //
 // One CUDA thread is one fiber, all of them on one thread of the CPU. The kernels are compiled by
-// g++ from the sources that ship, over the toolkit's own headers and device.h, and started by the
-// launch() of include/cuda/launch.cuh; nothing else is replaced. The units with kernels are
+// g++ from the sources that ship, over the toolkit's own headers and intrinsics.h, and started by
+// the launch() of include/cuda/launch.cuh; nothing else is replaced. The units with kernels are
 // compiled with -fsanitize=thread, but libtsan is not linked: hooks.cpp defines what the compiler
 // calls at each load and store. There a thread may be exchanged for another, and the access is
 // checked. The rest follows from where a thread can wait.
@@ -10,8 +10,8 @@
 //   fiber.h        stacks and the switch between them
 //   machine.h      blocks, warps, threads; who runs next; barriers, shuffles, votes, messages
 //   clocks.h       what a thread has behind it: the order among accesses
-//   memory.h       which bytes there are, who touched them, and how often
-//   device.h       what CUDA's headers lack on the CPU: threadIdx, __shfl_sync, atomicAdd, ...
+//   shadow.h       which bytes there are, who touched them, and how often
+//   intrinsics.h   what CUDA's headers lack on the CPU: threadIdx, __shfl_sync, atomicAdd, ...
 //   examples.cpp   a look-back scan, and broken ones that each check must catch
 //   binding.cpp    the project's own kernels as torch operators
 //

@@ -1,9 +1,9 @@
 // What the compiler calls at each access of a unit built with -fsanitize=thread, and at each
-// misaligned one with -fsanitize=alignment; and the functions behind device.h.
+// misaligned one with -fsanitize=alignment; and the functions behind intrinsics.h.
 
-#include "device.h"
+#include "intrinsics.h"
 #include "machine.h"
-#include "memory.h"
+#include "shadow.h"
 
 using cuda_executor::access;
 using cuda_executor::Kind;

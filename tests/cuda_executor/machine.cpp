@@ -110,7 +110,7 @@ std::string line_of(const void* where) {
   while (pipe && std::fgets(line, sizeof(line), pipe.get())) {
     std::string text = short_path(line);
     text.erase(text.find_first_of(" \n"));
-    if (text.rfind("device.h", 0) != 0 && text.rfind("cuda_", 0) != 0) return text;
+    if (text.rfind("intrinsics.h", 0) != 0 && text.rfind("cuda_", 0) != 0) return text;
   }
   return "an unknown line";
 }

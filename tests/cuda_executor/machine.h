@@ -11,10 +11,10 @@
 #include <vector>
 
 #include "clocks.h"
-#include "device.h"
 #include "executor.h"
 #include "fiber.h"
-#include "memory.h"
+#include "intrinsics.h"
+#include "shadow.h"
 
 namespace cuda_executor {
 

@@ -3,7 +3,7 @@
 
 #include <typeinfo>
 
-#include "device.h"
+#include "intrinsics.h"
 #include "executor.h"
 
 namespace ema_ext::cuda {

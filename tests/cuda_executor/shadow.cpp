@@ -1,4 +1,4 @@
-#include "memory.h"
+#include "shadow.h"
 
 #include <algorithm>
 
