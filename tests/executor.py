@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,6 +251,13 @@ class Executor:
             multiprocessors,
         )
 
+    def set_from(self, text: str) -> None:
+        """The same from "schedule=random seed=3": keywords of set, "_" for a space in a value."""
+        given = dict(part.split("=") for part in text.split())
+        kinds = {"schedule": lambda v: v.replace("_", " "), "seconds": float}
+        kinds["checks"] = lambda v: v == "True"
+        self.set(**{name: kinds.get(name, int)(value) for name, value in given.items()})
+
     def error(self) -> str:
         """What the last run broke."""
         return self.library.executor_error().decode()
@@ -294,10 +302,12 @@ def take_over() -> Executor:
 
     loaded = load_operators()
     library = torch.library.Library("ema_ext", "IMPL")
-    for name in operators():
-        packet, _, overload = name.partition(".")
-        kernel = getattr(getattr(torch.ops.ema_ext_executor, packet), overload or "default")
-        library.impl(name, kernel, "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that another kernel was there before
+        for name in operators():
+            packet, _, overload = name.partition(".")
+            kernel = getattr(getattr(torch.ops.ema_ext_executor, packet), overload or "default")
+            library.impl(name, kernel, "CPU", allow_override=True)
     operator_libraries.append(library)
     return loaded
 
