@@ -97,6 +97,17 @@ inline void __nanosleep(unsigned) { cuda_executor::step_back(); }
 
 #define atomicAdd ::cuda_executor::atomic_add
 
+template <class A, class B>
+inline std::common_type_t<A, B> min(A a, B b) {
+  const std::common_type_t<A, B> one = a, other = b;
+  return other < one ? other : one;
+}
+template <class A, class B>
+inline std::common_type_t<A, B> max(A a, B b) {
+  const std::common_type_t<A, B> one = a, other = b;
+  return one < other ? other : one;
+}
+
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
   unsigned result = 0;
