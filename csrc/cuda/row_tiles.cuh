@@ -120,7 +120,7 @@ struct RowTiles {
       if (copies) s[0] = x[0];
 
       const Run<Storage> to = run_of(team_.row.y, scan_.y, tile);
-      const int mine = to.chunks - (begin() - warp_begin());  // chunks of this thread, or more
+      const int mine = own_chunks(chunks_ - tile * kTileChunks - begin());
 #pragma unroll
       for (int c = 0; c < kThreadChunks; ++c)
         if (c < mine) last = s[c * kC + kC - 1];
