@@ -142,7 +142,8 @@ def build(name: str, units: list[Unit], link: list[str]) -> Path:
             check=False,
         )
         if done.returncode != 0:
-            raise RuntimeError(f"{command[-1]} was not made:\n{done.stderr[:3000]}")
+            errors = [line for line in done.stderr.splitlines() if " error: " in line]
+            raise RuntimeError("\n".join([f"{command[-1]}:", *errors[:5], done.stderr[:3000]]))
         own.rename(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

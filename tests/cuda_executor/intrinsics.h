@@ -44,13 +44,15 @@ inline To bits(From from) {
   return to;
 }
 
-template <class T>
-inline T shuffle(Collective kind, unsigned mask, T value, int lane, int width, const char* file,
-                 int line) {
-  static_assert(std::is_arithmetic<T>::value && (sizeof(T) == 4 || sizeof(T) == 8));
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  const uint64_t result = meet(kind, mask, bits<Bits>(value), lane, width, file, line);
-  return bits<T>(static_cast<Bits>(result));
+// Of a value that is small, as an int, as CUDA's overloads have it.
+template <class T, class Wide = decltype(+T())>
+inline Wide shuffle(Collective kind, unsigned mask, T value, int lane, int width, const char* file,
+                    int line) {
+  static_assert(std::is_arithmetic<T>::value && (sizeof(Wide) == 4 || sizeof(Wide) == 8));
+  using Bits = std::conditional_t<sizeof(Wide) == 4, uint32_t, uint64_t>;
+  const Wide wide = value;
+  const uint64_t result = meet(kind, mask, bits<Bits>(wide), lane, width, file, line);
+  return bits<Wide>(static_cast<Bits>(result));
 }
 
 }  // namespace cuda_executor
@@ -68,11 +70,11 @@ inline void __syncwarp(unsigned mask = ~0u, CALLER) {
   cuda_executor::meet(cuda_executor::Collective::kSync, mask, 0, 0, 32, file, line);
 }
 
-#define SHUFFLE(NAME, KIND, OPERAND)                                            \
-  template <class T>                                                            \
-  inline T NAME(unsigned mask, T value, OPERAND lane, int width = 32, CALLER) { \
-    return cuda_executor::shuffle(cuda_executor::Collective::KIND, mask, value, \
-                                  static_cast<int>(lane), width, file, line);   \
+#define SHUFFLE(NAME, KIND, OPERAND)                                               \
+  template <class T>                                                               \
+  inline auto NAME(unsigned mask, T value, OPERAND lane, int width = 32, CALLER) { \
+    return cuda_executor::shuffle(cuda_executor::Collective::KIND, mask, value,    \
+                                  static_cast<int>(lane), width, file, line);      \
   }
 SHUFFLE(__shfl_sync, kShuffle, int)
 SHUFFLE(__shfl_up_sync, kUp, unsigned)
