@@ -27,6 +27,7 @@ SCHEDULES = ("in order", "reversed", "random")
 #: Of what runs in a kernel. Volatile accesses are messages, and are told apart; that a function
 #: begins or ends is no access; tests know of signed overflow by their values.
 KERNEL_FLAGS = [
+    *("-include", "intrinsics.h"),  # before the toolkit's own, as nvcc does
     "-fsanitize=thread",
     "--param=tsan-distinguish-volatile=1",
     "--param=tsan-instrument-func-entry-exit=0",
@@ -141,7 +142,8 @@ def build(name: str, units: list[Unit], link: list[str]) -> Path:
             check=False,
         )
         if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
+            errors = [line for line in done.stderr.splitlines() if " error: " in line]
+            raise RuntimeError("\n".join([f"{command[-1]}:", *errors[:5], done.stderr[:3000]]))
         own.rename(target)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -53,9 +53,9 @@ def forward(x: Tensor, dim: int) -> tuple[Tensor, ...]:
 
 
 def backward(x: Tensor, dim: int) -> tuple[Tensor, ...]:
-    """The gradients to x, to an alpha per row, and to the state."""
+    """The gradients to x, to an alpha per row (which needs no sum), and to the state."""
     shape = [1 if d == dim else n for d, n in enumerate(x.shape)]
-    alpha = torch.full(shape, 1e-4)
+    alpha = torch.full(shape, 1e-4, dtype=torch.float64)
     return torch.ops.ema_ext_executor.ema_backward.Tensor(
         x.flip(dim), None, x, alpha, None, dim, False
     )

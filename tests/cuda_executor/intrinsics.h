@@ -44,13 +44,15 @@ inline To bits(From from) {
   return to;
 }
 
-template <class T>
-inline T shuffle(Collective kind, unsigned mask, T value, int lane, int width, const char* file,
-                 int line) {
-  static_assert(std::is_arithmetic<T>::value && (sizeof(T) == 4 || sizeof(T) == 8));
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  const uint64_t result = meet(kind, mask, bits<Bits>(value), lane, width, file, line);
-  return bits<T>(static_cast<Bits>(result));
+// Of a value that is small, as an int, as CUDA's overloads have it.
+template <class T, class Wide = decltype(+T())>
+inline Wide shuffle(Collective kind, unsigned mask, T value, int lane, int width, const char* file,
+                    int line) {
+  static_assert(std::is_arithmetic<T>::value && (sizeof(Wide) == 4 || sizeof(Wide) == 8));
+  using Bits = std::conditional_t<sizeof(Wide) == 4, uint32_t, uint64_t>;
+  const Wide wide = value;
+  const uint64_t result = meet(kind, mask, bits<Bits>(wide), lane, width, file, line);
+  return bits<Wide>(static_cast<Bits>(result));
 }
 
 }  // namespace cuda_executor
@@ -68,11 +70,11 @@ inline void __syncwarp(unsigned mask = ~0u, CALLER) {
   cuda_executor::meet(cuda_executor::Collective::kSync, mask, 0, 0, 32, file, line);
 }
 
-#define SHUFFLE(NAME, KIND, OPERAND)                                            \
-  template <class T>                                                            \
-  inline T NAME(unsigned mask, T value, OPERAND lane, int width = 32, CALLER) { \
-    return cuda_executor::shuffle(cuda_executor::Collective::KIND, mask, value, \
-                                  static_cast<int>(lane), width, file, line);   \
+#define SHUFFLE(NAME, KIND, OPERAND)                                               \
+  template <class T>                                                               \
+  inline auto NAME(unsigned mask, T value, OPERAND lane, int width = 32, CALLER) { \
+    return cuda_executor::shuffle(cuda_executor::Collective::KIND, mask, value,    \
+                                  static_cast<int>(lane), width, file, line);      \
   }
 SHUFFLE(__shfl_sync, kShuffle, int)
 SHUFFLE(__shfl_up_sync, kUp, unsigned)
@@ -96,6 +98,17 @@ inline void __threadfence() { cuda_executor::fence(); }
 inline void __nanosleep(unsigned) { cuda_executor::step_back(); }
 
 #define atomicAdd ::cuda_executor::atomic_add
+
+template <class A, class B>
+inline std::common_type_t<A, B> min(A a, B b) {
+  const std::common_type_t<A, B> one = a, other = b;
+  return other < one ? other : one;
+}
+template <class A, class B>
+inline std::common_type_t<A, B> max(A a, B b) {
+  const std::common_type_t<A, B> one = a, other = b;
+  return one < other ? other : one;
+}
 
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
