@@ -138,8 +138,8 @@ struct Lanes {
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
-    if (threadIdx.x == 0) shared.unfit = false;
-    if (threadIdx.x == 0)
+    if (thread() == 0) shared.unfit = false;
+    if (thread() == 0)
       shared.ticket = arguments.split ? static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull))
                                       : static_cast<int64_t>(blockIdx.x) * arguments.tiles;
     __syncthreads();
@@ -154,8 +154,8 @@ struct Lanes {
         shared_(shared),
         group_(group),
         first_tile_(first_tile),
-        column_(threadIdx.x % arguments.columns),
-        slot_(threadIdx.x / arguments.columns),
+        column_(thread() % arguments.columns),
+        slot_(thread() / arguments.columns),
         slots_per_warp_(kWarp / arguments.columns) {
     const Scan& scan = arguments.scan;
     const int64_t width = scan.sizes[scan.ndim - 1], lanes = arguments.columns * kW;
@@ -171,17 +171,17 @@ struct Lanes {
     return shared_.lanes[column_ * kW + w].value();
   }
   // Of this block's rows, the one that thread `i` looks after.
-  __device__ RowOffsets own_row() const { return RowOffsets(arguments_.scan, row_ + threadIdx.x); }
-  __device__ bool owns_row() const { return threadIdx.x < count_; }
+  __device__ RowOffsets own_row() const { return RowOffsets(arguments_.scan, row_ + thread()); }
+  __device__ bool owns_row() const { return thread() < count_; }
 
   __device__ void scan() {
     const Scan& scan = arguments_.scan;
-    if (threadIdx.x < lanes()) {
-      const RowOffsets at(scan, row_ + min(static_cast<int>(threadIdx.x), count_ - 1));
+    if (thread() < lanes()) {
+      const RowOffsets at(scan, row_ + min(thread(), count_ - 1));
       const Row<Storage> row(scan, at);
       if (!row.decay.fits()) shared_.unfit = true;
-      new (&shared_.lanes[threadIdx.x].value()) Lane<Storage, kSteps>(row, slots_per_warp_);
-      if constexpr (kGradient) new (&shared_.sums[threadIdx.x].value()) AlphaSums;
+      new (&shared_.lanes[thread()].value()) Lane<Storage, kSteps>(row, slots_per_warp_);
+      if constexpr (kGradient) new (&shared_.sums[thread()].value()) AlphaSums;
     }
     __syncthreads();
     if (shared_.unfit) return walk();
@@ -208,13 +208,13 @@ struct Lanes {
   __device__ void finish(bool ends) {
     const Scan& scan = arguments_.scan;
     if (kGradient && arguments_.split)
-      arguments_.sums[shared_.ticket * lanes() + threadIdx.x] = shared_.sums[threadIdx.x].value();
+      arguments_.sums[shared_.ticket * lanes() + thread()] = shared_.sums[thread()].value();
     if (!ends) return;
     const RowOffsets at = own_row();
     const Row<Storage> row(scan, at);
-    row.write_state(scan, at, shared_.lanes[threadIdx.x].value().last);
+    row.write_state(scan, at, shared_.lanes[thread()].value().last);
     if (kGradient && !arguments_.split)
-      row.write_gradient(scan, at, shared_.sums[threadIdx.x].value());
+      row.write_gradient(scan, at, shared_.sums[thread()].value());
   }
 
   struct Samples {
@@ -237,7 +237,7 @@ struct Lanes {
       if constexpr (kVector) {
         const uint4 chunk = i < mine ? *reinterpret_cast<const uint4*>(from + i * view.time_stride)
                                      : uint4{0, 0, 0, 0};
-        memcpy(to.of[i], &chunk, sizeof chunk);
+        memcpy(static_cast<void*>(to.of[i]), &chunk, sizeof chunk);
       } else {
         to.of[i][0] = i < mine ? from[i * view.time_stride] : Storage::put(0);
       }
@@ -272,7 +272,7 @@ struct Lanes {
                                                 : kSteps;
     const bool starts = n == 0,
                copies = starts && scan.op == Op::kEma && scan.start.data == nullptr;
-    const int parity = static_cast<int>(tile & 1), warp = threadIdx.x / kWarp;
+    const int parity = static_cast<int>(tile & 1), warp = thread() / kWarp;
 
     Samples x, forward_x;
     load(scan.x, x_, n, mine, x);
@@ -332,12 +332,12 @@ struct Lanes {
 #pragma unroll 1
     for (int by = columns; by < kWarp; by *= 2, power *= power) {
       const double from = __shfl_up_sync(kAllLanes, aggregate, by);
-      if (threadIdx.x % kWarp >= by) aggregate += k.carried(power, from);
+      if (thread() % kWarp >= by) aggregate += k.carried(power, from);
     }
     const double before = __shfl_up_sync(kAllLanes, aggregate, columns);
-    if (threadIdx.x % kWarp >= kWarp - columns)
-      shared_.aggregates[parity][threadIdx.x / kWarp][column_ * kW + w] = aggregate;
-    return threadIdx.x % kWarp < columns ? 0 : before;
+    if (thread() % kWarp >= kWarp - columns)
+      shared_.aggregates[parity][thread() / kWarp][column_ * kW + w] = aggregate;
+    return thread() % kWarp < columns ? 0 : before;
   }
 
   // The state before this warp's slots; the first warp keeps that after the tile.
@@ -368,7 +368,7 @@ struct Lanes {
 
   // Of a split scan: the state before the tile, of each row by one thread.
   __device__ __forceinline__ void look_back(int64_t tile, int parity) {
-    const int own = threadIdx.x;
+    const int own = thread();
     if (own < count_) {
       Lane<Storage, kSteps>& k = shared_.lanes[own].value();
       Message* const messages = arguments_.messages + (shared_.ticket - tile) * lanes() + own;
@@ -394,23 +394,23 @@ struct Lanes {
 #pragma unroll 1
     for (int by = columns; by < kWarp; by *= 2) {
       const AlphaSums past = shuffle_down(sums, by, kWarp);
-      const bool past_there = __shfl_down_sync(kAllLanes, there, by);
-      if (past_there && threadIdx.x % kWarp + by < kWarp) sums.prepend(past);
+      const bool past_there = __shfl_down_sync(kAllLanes, static_cast<int>(there), by) != 0;
+      if (past_there && thread() % kWarp + by < kWarp) sums.prepend(past);
     }
-    if (threadIdx.x % kWarp < columns)
-      shared_.warps[threadIdx.x / kWarp][column_ * kW + w].value() = sums;
+    if (thread() % kWarp < columns)
+      shared_.warps[thread() / kWarp][column_ * kW + w].value() = sums;
   }
   // Those of the tile, which has `steps` samples, to the row's.
   __device__ __forceinline__ void fold(int64_t steps) {
     if (!owns_row()) return;
-    AlphaSums& sums = shared_.sums[threadIdx.x].value();
+    AlphaSums& sums = shared_.sums[thread()].value();
     const bool fresh = arguments_.split;
 #pragma unroll 1
     for (int w = 0; w < kBlockWarps && w * slots_per_warp_ * kSteps < steps; ++w) {
       if (w == 0 && fresh)
-        sums = shared_.warps[w][threadIdx.x].value();
+        sums = shared_.warps[w][thread()].value();
       else
-        sums.prepend(shared_.warps[w][threadIdx.x].value());
+        sums.prepend(shared_.warps[w][thread()].value());
     }
   }
 
@@ -434,7 +434,7 @@ struct LaneSums {
 
   static __device__ void run(const Arguments& arguments, Shared&) {
     const Scan& scan = arguments.scan;
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + thread();
     if (index >= scan.rows) return;
     const RowOffsets at(scan, index);
     const Row<Storage> row(scan, at);

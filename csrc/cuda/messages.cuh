@@ -5,9 +5,7 @@
 // relaxed one in PTX's memory model.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "cuda/storage.cuh"
 
 namespace ema_ext::cuda {
 
@@ -40,12 +38,12 @@ __device__ inline double receive(const Message& message) {
 template <int kThreads>
 __device__ __forceinline__ double sum_over_block(double value, double* warps) {
 #pragma unroll
-  for (int by = 16; by > 0; by /= 2) value += __shfl_xor_sync(0xffffffff, value, by);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  for (int by = kWarp / 2; by > 0; by /= 2) value += __shfl_xor_sync(kAllLanes, value, by);
+  if (thread() % kWarp == 0) warps[thread() / kWarp] = value;
   __syncthreads();
   double sum = 0;
 #pragma unroll
-  for (int w = 0; w < kThreads / 32; ++w) sum += warps[w];
+  for (int w = 0; w < kThreads / kWarp; ++w) sum += warps[w];
   return sum;
 }
 

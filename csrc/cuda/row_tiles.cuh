@@ -44,10 +44,10 @@ struct RowTiles {
 #pragma unroll 1
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * kTeams; first < scan.rows;
          first += step) {
-      const int64_t index = first + threadIdx.x / kTeam;
-      const bool there = index < scan.rows, leads = there && threadIdx.x % kTeam == 0;
-      TeamRow& team = shared.teams[threadIdx.x / kTeam].value();
-      if (threadIdx.x % kTeam == 0) new (&team) TeamRow(scan, there ? index : scan.rows - 1, true);
+      const int64_t index = first + thread() / kTeam;
+      const bool there = index < scan.rows, leads = there && thread() % kTeam == 0;
+      TeamRow& team = shared.teams[thread() / kTeam].value();
+      if (thread() % kTeam == 0) new (&team) TeamRow(scan, there ? index : scan.rows - 1, true);
       sync();
       turn = RowTiles(scan, shared, team, there, turn).scan_tiles();
       sync();
@@ -63,10 +63,10 @@ struct RowTiles {
       : scan_(scan),
         shared_(shared),
         team_(team),
-        leads_(there && threadIdx.x % kTeam == 0),
+        leads_(there && thread() % kTeam == 0),
         chunks_(there ? team.parts.chunks : 0),
         turn_(turn),
-        moves_(shared.stage[threadIdx.x / kWarp]) {}
+        moves_(shared.stage[thread() / kWarp]) {}
 
   static __device__ __forceinline__ void sync() {
     if constexpr (kBlock)
@@ -77,9 +77,9 @@ struct RowTiles {
 
   // Where in the tile, in chunks, this warp's samples begin and this thread's.
   static __device__ __forceinline__ int warp_begin() {
-    return threadIdx.x % kTeam / kWarp * kWarpChunks;
+    return thread() % kTeam / kWarp * kWarpChunks;
   }
-  static __device__ __forceinline__ int begin() { return threadIdx.x % kTeam * kThreadChunks; }
+  static __device__ __forceinline__ int begin() { return thread() % kTeam * kThreadChunks; }
 
   // This warp's share of a tile.
   template <class Pointer>
@@ -94,9 +94,9 @@ struct RowTiles {
     const int64_t most = kTeam < kWarp ? scan_.length / kC : chunks_;
     const int64_t tiles = (most + kTileChunks - 1) / kTileChunks;
     const Powers& k = team_.powers;
-    const double lane_power = k.over_threads(threadIdx.x % Shape::kLanes, team_.row.decay);
+    const double lane_power = k.over_threads(thread() % Shape::kLanes, team_.row.decay);
     const double thread_power =
-        kBlock ? k.over_threads(threadIdx.x % kTeam, team_.row.decay) : lane_power;
+        kBlock ? k.over_threads(thread() % kTeam, team_.row.decay) : lane_power;
     State<Acc> state{team_.walk.state, 0};
     Acc last = 0;
     Raw raw = moves_.fetch(run_of(team_.row.x, scan_.x, 0)), raw_forward;
@@ -148,7 +148,7 @@ struct RowTiles {
     const int threads = (chunks + kThreadChunks - 1) / kThreadChunks;
     const AlphaSums sums = join_lanes<Shape::kLanes>(mine, threads);
     if constexpr (kBlock) {
-      if (threadIdx.x % kWarp == 0) shared_.sums[turn_][threadIdx.x / kWarp].value() = sums;
+      if (thread() % kWarp == 0) shared_.sums[turn_][thread() / kWarp].value() = sums;
     } else if (leads_ && threads > 0) {
       team_.walk.sums.prepend(sums);
     }
@@ -164,7 +164,7 @@ struct RowTiles {
   // The last s of the row's chunks, from the thread that has it to the walk.
   __device__ __forceinline__ void hand_on(Acc last) {
     const int in_tile = static_cast<int>((chunks_ - 1) % kTileChunks);
-    if (threadIdx.x % kTeam == in_tile / kThreadChunks) team_.walk.state = last;
+    if (thread() % kTeam == in_tile / kThreadChunks) team_.walk.state = last;
     if constexpr (kBlock && kGradient) {
       turn_ ^= 1;
       __syncthreads();

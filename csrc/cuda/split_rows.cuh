@@ -59,7 +59,7 @@ struct SplitRows {
     const Scan& scan = arguments.scan;
     const int64_t count = arguments.tiles;
     Team& team = shared.team.value();
-    if (threadIdx.x == 0) {
+    if (thread() == 0) {
       shared.ticket = static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull));
       new (&team) Team(scan, shared.ticket / count, shared.ticket % count == 0);
     }
@@ -68,7 +68,7 @@ struct SplitRows {
     if (tile > last) return;
     if (team.parts.chunks > 0) SplitRows(arguments, shared, tile, tile == last).scan_tile();
     __syncthreads();
-    if (threadIdx.x != 0) return;
+    if (thread() != 0) return;
     if (tile == last) {
       if (team.parts.chunks > 0) team.walk.state = shared.last;
       team.walk_tail(scan);
@@ -84,11 +84,11 @@ struct SplitRows {
         team_(shared.team.value()),
         tile_(tile),
         ends_(ends),
-        moves_(shared.stage[threadIdx.x / kWarp]) {}
+        moves_(shared.stage[thread() / kWarp]) {}
 
   template <class Pointer>
   __device__ __forceinline__ Run<Storage> run_of(Pointer samples, const View& view) const {
-    const int64_t chunk = tile_ * kTileChunks + threadIdx.x / kWarp * kWarpChunks;
+    const int64_t chunk = tile_ * kTileChunks + thread() / kWarp * kWarpChunks;
     const int64_t left = team_.parts.chunks - chunk;
     return {const_cast<Sample*>(samples) + (team_.parts.head + chunk * kC) * view.time_stride,
             view.time_stride, static_cast<int>(left < kWarpChunks ? left : kWarpChunks)};
@@ -103,20 +103,20 @@ struct SplitRows {
     if constexpr (kGradient)
       raw_forward = moves_.fetch(run_of(team_.row.forward_x, scan.forward_x));
 
-    const bool starts = tile_ == 0 && threadIdx.x == 0 && team_.parts.head == 0;
+    const bool starts = tile_ == 0 && thread() == 0 && team_.parts.head == 0;
     const bool copies = starts && team_.row.copies_first;
     Acc first = k.in * x[0];
     if (starts) first = copies ? x[0] : first + static_cast<Acc>(team_.row.added_first);
-    const double lane_power = k.over_threads(threadIdx.x % kWarp, team_.row.decay);
+    const double lane_power = k.over_threads(thread() % kWarp, team_.row.decay);
     const FromZero zero =
         scan_block(scan_groups(x, first, k, s), lane_power, k, shared_.aggregates);
     const double before = state_before(zero.tile);
-    const double thread_power = k.over_threads(threadIdx.x, team_.row.decay);
+    const double thread_power = k.over_threads(thread(), team_.row.decay);
     add_state(static_cast<Acc>(zero.before + k.carried(thread_power, before)), k, s);
     if (copies) s[0] = x[0];
 
     const Run<Storage> to = run_of(team_.row.y, scan.y);
-    const int mine = to.chunks - threadIdx.x % kWarp * kThreadChunks;
+    const int mine = to.chunks - thread() % kWarp * kThreadChunks;
     if constexpr (kGradient) {
       moves_.spread(raw_forward, scan.forward_x.time_stride < 0, x);
       join(alpha_sums(x, s, mine, k), to.chunks);
@@ -130,10 +130,10 @@ struct SplitRows {
   __device__ __forceinline__ double state_before(double aggregate) {
     Message* const messages = arguments_.messages + shared_.ticket - tile_;
     const bool anchor = tile_ % kLookBack == 0;
-    if (threadIdx.x == 0 && !anchor && !ends_) send(messages[tile_], aggregate);
+    if (thread() == 0 && !anchor && !ends_) send(messages[tile_], aggregate);
     double state = team_.walk.state;
     if (tile_ > 0) {
-      const int64_t from = anchor_before(tile_) + threadIdx.x;
+      const int64_t from = anchor_before(tile_) + thread();
       double share = 0;
       if (from < tile_) {
         const double power = team_.row.decay.power((tile_ - 1 - from) * Shape::kTile);
@@ -141,17 +141,17 @@ struct SplitRows {
       }
       state = sum_over_block<kThreads>(share, shared_.folded);
     }
-    if (threadIdx.x == 0 && anchor && !ends_)
+    if (thread() == 0 && anchor && !ends_)
       send(messages[tile_], aggregate + team_.powers.carried(team_.powers.tile, state));
     return state;
   }
 
   __device__ __forceinline__ void join(const AlphaSums& mine, int chunks) {
-    const int warp = threadIdx.x / kWarp, threads = (chunks + kThreadChunks - 1) / kThreadChunks;
+    const int warp = thread() / kWarp, threads = (chunks + kThreadChunks - 1) / kThreadChunks;
     const AlphaSums sums = join_lanes<kWarp>(mine, threads);
-    if (threadIdx.x % kWarp == 0) shared_.sums[warp].value() = sums;
+    if (thread() % kWarp == 0) shared_.sums[warp].value() = sums;
     __syncthreads();
-    if (threadIdx.x != 0) return;
+    if (thread() != 0) return;
     const int64_t left = team_.parts.chunks - tile_ * kTileChunks;
 #pragma unroll 1
     for (int w = 0; w < Shape::kWarps && w * kWarpChunks < left; ++w) {
@@ -165,7 +165,7 @@ struct SplitRows {
   // The last s of the row's chunks, to the leader.
   __device__ __forceinline__ void hand_on(const Acc* s, int mine) {
     const int64_t left = team_.parts.chunks - tile_ * kTileChunks;
-    if (threadIdx.x != (left - 1) / kThreadChunks) return;
+    if (thread() != (left - 1) / kThreadChunks) return;
     Acc last = s[kC - 1];
 #pragma unroll
     for (int c = 1; c < kThreadChunks; ++c)
@@ -199,7 +199,7 @@ struct SplitSums {
     const Row<Storage> row(scan, at);
     const int64_t tiles =
         row.decay.fits() ? Split::tiles(Parts::of<Storage, kAligned>(row, scan)) : 1;
-    const int64_t each = (tiles + kThreads - 1) / kThreads, begin = threadIdx.x * each;
+    const int64_t each = (tiles + kThreads - 1) / kThreads, begin = thread() * each;
     const AlphaSums* const from = arguments.sums + index * stride;
     AlphaSums mine;
 #pragma unroll 1
@@ -210,11 +210,11 @@ struct SplitSums {
         mine.prepend(from[t]);
     }
     const int64_t threads = (tiles + each - 1) / each;  // that have some
-    const int lanes = static_cast<int>(threads - threadIdx.x / kWarp * kWarp);
+    const int lanes = static_cast<int>(threads - thread() / kWarp * kWarp);
     mine = join_lanes<kWarp>(mine, lanes);
-    if (threadIdx.x % kWarp == 0) shared.sums[threadIdx.x / kWarp].value() = mine;
+    if (thread() % kWarp == 0) shared.sums[thread() / kWarp].value() = mine;
     __syncthreads();
-    if (threadIdx.x != 0) return;
+    if (thread() != 0) return;
 #pragma unroll 1
     for (int w = 1; w * kWarp < threads; ++w) mine.prepend(shared.sums[w].value());
     row.write_gradient(scan, at, mine);

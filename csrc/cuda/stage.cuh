@@ -10,9 +10,6 @@
 
 namespace ema_ext::cuda {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffff;
-
 struct WarpStage {
   uint4 chunks[kWarp * kThreadChunks];
 };
@@ -46,8 +43,8 @@ class Stage {
 
   __device__ explicit Stage(WarpStage& shared)
       : shared_(shared.chunks),
-        lane_(threadIdx.x % kWarp),
-        member_(threadIdx.x % kTeam),
+        lane_(thread() % kWarp),
+        member_(thread() % kTeam),
         base_(lane_ / kTeam * kTeam * kThreadChunks) {}
 
   // Chunks that are not there count as zeros.

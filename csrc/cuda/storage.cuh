@@ -13,6 +13,12 @@
 
 namespace ema_ext::cuda {
 
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+// This thread's number in its block.
+static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
+
 // A Storage has Sample (in memory), Acc (accumulate dtype: the sample is exact in it), get and put.
 template <class T>
 struct Native {
@@ -52,7 +58,7 @@ struct Chunk {
 
   static __device__ __forceinline__ void unpack(const uint4& chunk, Acc* to) {
     Sample samples[kSamples];
-    memcpy(samples, &chunk, sizeof chunk);
+    memcpy(static_cast<void*>(samples), &chunk, sizeof chunk);
 #pragma unroll
     for (int i = 0; i < kSamples; ++i) to[i] = Storage::get(samples[i]);
   }

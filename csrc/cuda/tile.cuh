@@ -125,7 +125,7 @@ template <class Storage, int kTeam>
 __device__ __forceinline__ FromZero scan_lanes(double aggregate,
                                                const TilePowers<Storage, kTeam>& k) {
   using K = TileShape<Storage, kTeam>;
-  const int rank = threadIdx.x % K::kLanes;
+  const int rank = thread() % K::kLanes;
 #pragma unroll
   for (int i = 0; i < K::kSteps; ++i) {
     const double before = __shfl_up_sync(kAllLanes, aggregate, 1 << i, K::kLanes);
@@ -141,9 +141,9 @@ __device__ __forceinline__ FromZero scan_block(double aggregate, double lane_pow
                                                const TilePowers<Storage, kTeam>& k,
                                                double* aggregates) {
   using K = TileShape<Storage, kTeam>;
-  const int warp = threadIdx.x / kWarp;
+  const int warp = thread() / kWarp;
   FromZero zero = scan_lanes(aggregate, k);
-  if (threadIdx.x % kWarp == 0) aggregates[warp] = zero.tile;
+  if (thread() % kWarp == 0) aggregates[warp] = zero.tile;
   __syncthreads();
   double before = 0;
   zero.tile = 0;
@@ -214,7 +214,7 @@ __device__ __forceinline__ AlphaSums shuffle_down(const AlphaSums& sums, int by,
 // The stretches of the first `count` threads of a team of kLanes, joined in the first.
 template <int kLanes>
 __device__ __forceinline__ AlphaSums join_lanes(AlphaSums sums, int count) {
-  const int rank = threadIdx.x % kLanes;
+  const int rank = thread() % kLanes;
 #pragma unroll
   for (int by = 1; by < kLanes; by *= 2) {
     const AlphaSums past = shuffle_down(sums, by, kLanes);
