@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "build_backend"))
 from machine import CUDA_ARCHS  # noqa: E402
 from sass_kernels import KERNELS, Expected  # noqa: E402
-from sass_loops import WIDE, Instruction, MainLoop, main_loop  # noqa: E402
+from sass_loops import WIDE, Instruction, MainLoop, main_loop, total  # noqa: E402
 
 MOST_PER_BYTE = 2.5  # instructions
 
@@ -104,7 +104,8 @@ class Kernel:
     @property
     def narrow(self) -> int:
         """Accesses of the trip that are not wide."""
-        return sum(n for width, n in self.loop.trip.widths.items() if width < WIDE)
+        trip = self.loop.trip
+        return sum(n for width, n in (trip.reads + trip.writes).items() if width < WIDE)
 
 
 # Disassembling
@@ -241,9 +242,10 @@ def broken_rules(kernel: Kernel, entry: Expected) -> Iterator[str]:
         yield f"{kernel.narrow} accesses of less than 128 bits a trip, allowed: {entry.narrow}"
     if trip.barriers > entry.barriers:
         yield f"{trip.barriers} barriers a trip, allowed: {entry.barriers}"
+    read, written = (total(accesses, wide=True) for accesses in (trip.reads, trip.writes))
     reads, writes = entry.moves
-    if trip.read * writes != trip.written * reads:
-        yield f"reads {trip.read} and writes {trip.written} bytes a trip, not {reads} : {writes}"
+    if read * writes != written * reads:
+        yield f"reads {read} and writes {written} bytes a trip, not {reads} : {writes}"
     if trip.per_byte > MOST_PER_BYTE:
         yield f"{trip.per_byte:.2f} instructions per byte, allowed: {MOST_PER_BYTE}"
     if kernel.loop.computing:
@@ -255,7 +257,8 @@ def broken_rules(kernel: Kernel, entry: Expected) -> Iterator[str]:
 
 def access(kernel: Kernel) -> str:
     """The widths of the trip's accesses in bits, as 8 x 128."""
-    return ", ".join(f"{n} x {8 * width}" for width, n in sorted(kernel.loop.trip.widths.items()))
+    accesses = kernel.loop.trip.reads + kernel.loop.trip.writes
+    return ", ".join(f"{n} x {8 * width}" for width, n in sorted(accesses.items()))
 
 
 def row(kernel: Kernel) -> dict[str, Any]:
@@ -272,10 +275,11 @@ def row(kernel: Kernel) -> dict[str, Any]:
         "blocks": kernel.blocks,
         "planned_blocks": kernel.planned_blocks,
         "access": access(kernel),
-        "read": trip.read,
-        "written": trip.written,
+        "read": total(trip.reads),
+        "written": total(trip.writes),
         "barriers": trip.barriers,
         "instructions": trip.instructions,
+        "doubles": trip.doubles,
         "per_byte": trip.per_byte if trip.bytes else None,
         "longest_per_byte": kernel.loop.longest.instructions / trip.bytes if trip.bytes else None,
         "is_loop": kernel.loop.is_loop,
@@ -291,6 +295,7 @@ COLUMNS = {
     "barriers": "barriers",
     "accesses": "access",
     "instructions": "instructions",
+    "of float64": "doubles",
     "per byte": "per_byte",
     "at most": "longest_per_byte",
 }

@@ -27,6 +27,18 @@ class Expected:
         return ("".join(choice) for choice in product(*choices))
 
 
+STORAGE = "{Native<float>,Native<double>,Float16,BFloat16}"
+
+#: Of a kernel whose trip is one tile, the row's alpha, start and sums go with each.
+SCALARS = "the row's scalars"
+
 KERNELS = [
     Expected("write_answer"),  # probe.cu
+    Expected(f"RowTiles<{STORAGE}, {{8,32,256}}, true, false>", aligned=True),
+    Expected(f"RowTiles<{STORAGE}, {{8,32,256}}, true, true>", aligned=True, moves=(2, 1)),
+    Expected(f"RowTiles<{STORAGE}, {{8,32,256}}, false, {{false,true}}>"),
+    Expected(f"SplitRows<{STORAGE}, true, false>", aligned=True, narrow=1, why=SCALARS),
+    Expected(f"SplitRows<{STORAGE}, true, true>", aligned=True, moves=(2, 1)),
+    Expected(f"SplitRows<{STORAGE}, false, {{false,true}}>"),
+    Expected(f"SplitSums<{STORAGE}, {{false,true}}>"),
 ]

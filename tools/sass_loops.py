@@ -14,8 +14,9 @@ A warp is taken to be converged: of BRA.CONV only the branch is followed, of BRA
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 INSTRUCTION_BYTES = 16  # since Volta
@@ -52,6 +53,12 @@ class Instruction:
         return next((_WIDTHS[word] for word in self.words if word in _WIDTHS), 4)
 
     @property
+    def is_double(self) -> bool:
+        if self.name in ("F2F", "F2I", "I2F"):
+            return "F64" in self.words
+        return self.name in ("DADD", "DFMA", "DMUL", "DSETP", "DMNMX")
+
+    @property
     def writes(self) -> bool:
         return self.name in ("STG", "ST")
 
@@ -72,56 +79,48 @@ class Instruction:
         return self.name not in ("EXIT", "RET") or bool(self.predicate)
 
 
+def total(accesses: Mapping[int, int], *, wide: bool = False) -> int:
+    """Bytes of these accesses, or of the wide ones among them."""
+    return sum(size * times for size, times in accesses.items() if not wide or size >= WIDE)
+
+
 @dataclass
 class Trip:
     """One way through a loop, summed up for one thread."""
 
     instructions: int = 0
-    read: int = 0  # bytes of samples
-    written: int = 0
+    doubles: int = 0  # of float64, of which consumer cards do one in the time of 64 others
     barriers: int = 0
-    widths: dict[int, int] = field(default_factory=dict)  # bytes of an access -> accesses
     cold: int = 0  # inner loops and subroutines entered
+    reads: Counter[int] = field(default_factory=Counter)  # of samples: bytes of an access -> times
+    writes: Counter[int] = field(default_factory=Counter)
 
     @property
     def bytes(self) -> int:
-        return self.read + self.written
+        return total(self.reads + self.writes)
 
     @property
     def wide(self) -> int:
-        return sum(width * count for width, count in self.widths.items() if width >= WIDE)
+        return total(self.reads + self.writes, wide=True)
 
     @property
     def per_byte(self) -> float:
         return self.instructions / self.bytes if self.bytes else float("inf")
 
     def __add__(self, other: Trip) -> Trip:
-        widths = dict(self.widths)
-        for width, count in other.widths.items():
-            widths[width] = widths.get(width, 0) + count
-        return Trip(
-            self.instructions + other.instructions,
-            self.read + other.read,
-            self.written + other.written,
-            self.barriers + other.barriers,
-            widths,
-            self.cold + other.cold,
-        )
+        return Trip(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @classmethod
     def of(cls, instructions: Iterable[Instruction]) -> Trip:
         trip = cls()
         for instruction in instructions:
             trip.instructions += instruction.name != "NOP"
-            trip.barriers += instruction.name in ("BAR", "UCGABAR_ARV", "UCGABAR_WAIT")
+            trip.doubles += instruction.is_double
+            trip.barriers += instruction.name == "BAR"
             trip.cold += instruction.name == "CALL"
-            size = instruction.sample_bytes
-            if size:
-                trip.widths[size] = trip.widths.get(size, 0) + 1
-            if instruction.writes:
-                trip.written += size
-            else:
-                trip.read += size
+            if instruction.sample_bytes:
+                accesses = trip.writes if instruction.writes else trip.reads
+                accesses[instruction.sample_bytes] += 1
         return trip
 
     def usual(self) -> tuple[int, ...]:
@@ -268,7 +267,7 @@ def _trip(blocks: Mapping[int, Block], loop: Loop, key: Key) -> Trip:
     for inner in loop.inner:  # one node each
         node_of |= dict.fromkeys(inner.blocks, inner.head)
         once = _trip(blocks, inner, key)
-        costs[inner.head] = Trip(once.instructions, barriers=once.barriers, cold=once.cold + 1)
+        costs[inner.head] = replace(once, reads=Counter(), writes=Counter(), cold=once.cold + 1)
 
     edges: dict[int, set[int]] = {node: set() for node in node_of.values()}
     ends = set()
