@@ -25,6 +25,7 @@ import bars  # noqa: E402
 import bench  # noqa: E402
 import compare  # noqa: E402
 import loops  # noqa: E402
+import roofline  # noqa: E402
 from bars import BARS, Bar, Entry  # noqa: E402
 from measure import Contender, Effort, peak_bytes, take_turns  # noqa: E402
 from methods import (  # noqa: E402
@@ -341,6 +342,56 @@ def test_no_gpu_is_one_sentence() -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 1
     assert run.stderr == "--device cuda: torch sees no CUDA device on this machine\n"
+
+
+def test_roofline_meets_what_it_is_calibrated_on() -> None:
+    """Catches units, and a constant that was changed without a look at the published points."""
+    h100 = next(gpu for gpu in roofline.GPUS if gpu.arch == "9.0")
+    forward = roofline.PASSES[0]
+    cub = roofline.Kernel(per_byte=36 / 8, tile=1 << 40)  # no anchors
+    row = roofline.Shape(1, 1 << 20)
+    assert roofline.seconds(h100, forward, cub, row, 4) == pytest.approx(14e-6, rel=0.05)
+    row = roofline.Shape(1, 1 << 32)
+    for sample, measured in ((4, 0.78), (2, 0.43)):
+        cub = roofline.Kernel(per_byte=36 / 2 / sample, tile=1 << 40)
+        time = roofline.seconds(h100, forward, cub, row, sample)
+        reached = 2 * sample * row.length / time / h100.bandwidth
+        assert reached == pytest.approx(measured, rel=0.1)
+
+
+def test_roofline_knows_every_limit() -> None:
+    """Catches a limit that no kernel is ever held to, and a share of more than a copy."""
+    t4, h100 = roofline.GPUS[0], roofline.GPUS[2]
+    forward, long = roofline.PASSES[0], roofline.Shape(1, 1 << 28)
+
+    def share(gpu: Any, **counts: Any) -> float:
+        return roofline.share(gpu, forward, roofline.Kernel(**counts), long, 4)
+
+    assert 0.98 < share(h100, per_byte=2.5) < 1
+    assert share(h100, per_byte=25) == pytest.approx(0.16, abs=0.01)  # 8.9 * 0.4 of 25, to 0.9
+    assert share(h100, per_byte=2.5, tile=1024) == pytest.approx(0.17, abs=0.01)  # anchors
+    assert share(h100, per_byte=2.5, doubles=1) > 0.98
+    assert share(t4, per_byte=2.5, doubles=1) == pytest.approx(0.44, abs=0.01)
+
+
+def test_roofline_command(tmp_path: Path) -> None:
+    """Catches counts of another kernel or architecture, and a table that misses the docs."""
+    names = ("SplitRows<Native<float>, true, {}>", "RowTiles<Native<float>, 32, true, {}>")
+    rows = [
+        {"kernel": name.format(gradient), "arch": gpu.arch, "read": 64, "written": 64}
+        | {"threads": 256, "doubles": 0, "per_byte": 2.5 if gpu.arch == "9.0" else 1000.0}
+        for name in names
+        for gradient in ("true", "false")
+        for gpu in roofline.GPUS
+    ]
+    gate, document = tmp_path / "sass.json", tmp_path / "cuda.md"
+    gate.write_text(json.dumps(rows))
+    document.write_text("<!-- roofline: begin -->\n<!-- roofline: end -->\n")
+    roofline.main(["--gate", str(gate), "--write", str(document)])
+    lines = [line for line in document.read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == len(roofline.GPUS) * len(roofline.PASSES)
+    fast = [line for line in lines if line.endswith(("99% |", "100% |"))]
+    assert [line.split(" | ")[0] for line in fast] == ["| H100 SXM"] * 2
 
 
 @pytest.mark.parametrize("alpha", [1e-5, 0.1, 1.0])

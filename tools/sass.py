@@ -33,6 +33,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "build_backend"))
+from documents import with_block  # noqa: E402
 from machine import CUDA_ARCHS  # noqa: E402
 from sass_kernels import KERNELS, Expected  # noqa: E402
 from sass_loops import WIDE, Instruction, MainLoop, main_loop, total  # noqa: E402
@@ -326,16 +327,6 @@ def worst(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ):
             most[each["kernel"]] = each
     return list(most.values())
-
-
-def with_block(document: str, name: str, text: str) -> str:
-    """The document with this text between <!-- name: begin --> and <!-- name: end -->."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, opened, rest = document.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not opened or not closed:
-        sys.exit(f"the document has no {begin} ... {end}")
-    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def library() -> Path:
