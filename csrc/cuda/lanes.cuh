@@ -46,7 +46,7 @@ struct Lane {
         last(row.start) {
 #pragma unroll 1
     for (int i = 0; i <= kG; ++i) powers[i] = static_cast<Acc>(row.decay.power(i));
-    states[0] = {row.start, 0};
+    states[0] = states[1] = {row.start, 0};  // the second for columns that are not there
   }
 
   // s[i] from zero, of a thread's samples; returns the last.

@@ -13,7 +13,7 @@ struct RowTiles {
   using Acc = typename T::Acc;
   using Raw = typename Stage<T>::Raw;
   static constexpr int kThreads = kBlockThreads;
-  static constexpr int kMinBlocks = kBlocksPerMultiprocessor;
+  static constexpr int kMinBlocks = T::kAligned ? kBlocksPerMultiprocessor : 1;
   static constexpr int kTeams = kThreads / T::kTeam;
 
   struct Arguments {

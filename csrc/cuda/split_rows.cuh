@@ -23,7 +23,7 @@ __device__ inline int64_t anchor_before(int64_t tile) { return (tile - 1) / kLoo
 template <class T>
 struct SplitRows {
   static constexpr int kThreads = kBlockThreads;
-  static constexpr int kMinBlocks = kBlocksPerMultiprocessor;
+  static constexpr int kMinBlocks = T::kAligned ? kBlocksPerMultiprocessor : 1;
   static constexpr bool kGradient = T::kGradient;
   using Sample = typename T::Sample;
   using Acc = typename T::Acc;
