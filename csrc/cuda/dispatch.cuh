@@ -7,6 +7,7 @@
 #include "cuda/row_tiles.cuh"
 #include "cuda/split_rows.cuh"
 #include "cuda/sum_terms.cuh"
+#include "cuda/varying.cuh"
 
 namespace ema_ext::cuda {
 
@@ -35,14 +36,57 @@ class SplitWorkspace {
   int64_t sums_at_, end_;
 };
 
+inline bool is_split_varying(const Plan& plan) {
+  return plan.strategy == Strategy::kSplitVaryingRows ||
+         plan.strategy == Strategy::kSplitVaryingColumns;
+}
+inline bool is_varying(const Plan& plan) {
+  return is_split_varying(plan) || plan.strategy == Strategy::kVaryingRows ||
+         plan.strategy == Strategy::kVaryingColumns;
+}
+
+// The same of a split varying scan: where its gradient is a sum over time, one float64 per tile.
+class VaryingWorkspace {
+ public:
+  VaryingWorkspace(const Scan& scan, const Plan& plan)
+      : sums_at_(kMessages +
+                 plan.blocks * rows_per_block(plan) * static_cast<int64_t>(sizeof(TileMessage))),
+        end_(sums_at_ + (sums_over_time(scan) ? scan.rows * plan.tiles * 8 : 0)) {}
+
+  Workspace size() const { return {end_, sums_at_, sums_over_time_at()}; }
+  static unsigned long long* ticket(void* at) { return static_cast<unsigned long long*>(at); }
+  static TileMessage* messages(void* at) {
+    return reinterpret_cast<TileMessage*>(static_cast<char*>(at) + kMessages);
+  }
+  double* sums(void* at) const {
+    return reinterpret_cast<double*>(static_cast<char*>(at) + sums_at_);
+  }
+
+ private:
+  static bool sums_over_time(const Scan& scan) {
+    return wants_gradient(scan) && !scan.varying && is_adjoint(scan.op);
+  }
+  static int64_t rows_per_block(const Plan& plan) {
+    return plan.strategy == Strategy::kSplitVaryingColumns ? kWarp : 1;
+  }
+  int64_t sums_over_time_at() const { return end_ > sums_at_ ? sums_at_ : 0; }
+
+  static constexpr int64_t kMessages = sizeof(Message);
+  int64_t sums_at_, end_;
+};
+
 template <class Storage>
 struct Dispatch {
   static Workspace workspace(const Scan& scan, const Plan& plan) {
+    if (is_split_varying(plan)) return VaryingWorkspace(scan, plan).size();
     return is_split(plan) ? SplitWorkspace(scan, plan, rows_per_block(plan)).size() : Workspace{};
   }
 
   static cudaError_t scan(const Scan& scan, const Plan& plan, void* workspace,
                           cudaStream_t stream) {
+    if (is_varying(plan))
+      return is_adjoint(scan.op) ? varying<true>(scan, plan, workspace, stream)
+                                 : varying<false>(scan, plan, workspace, stream);
     return plan.aligned ? scan_as<true>(scan, plan, workspace, stream)
                         : scan_as<false>(scan, plan, workspace, stream);
   }
@@ -79,8 +123,9 @@ struct Dispatch {
       case Strategy::kLanes:
       case Strategy::kSplitLanes:
         return lanes<kAligned, kGradient>(scan, plan, workspace, stream);
+      default:
+        return cudaErrorInvalidValue;
     }
-    return cudaErrorInvalidValue;
   }
 
   template <bool kAligned, bool kGradient>
@@ -129,6 +174,40 @@ struct Dispatch {
         return launch<LaneSums<Storage, kAligned>>(
             {(scan.rows + kBlockThreads - 1) / kBlockThreads, stream}, arguments);
     return error;
+  }
+
+  template <bool kAdjoint>
+  static cudaError_t varying(const Scan& scan, const Plan& plan, void* workspace,
+                             cudaStream_t stream) {
+    if (plan.strategy == Strategy::kVaryingColumns ||
+        plan.strategy == Strategy::kSplitVaryingColumns)
+      return varying_by<Columns<Storage>, kAdjoint>(scan, plan, workspace, stream);
+    return plan.aligned ? varying_rows<AlignedRows, kAdjoint>(scan, plan, workspace, stream)
+                        : varying_rows<AnyRows, kAdjoint>(scan, plan, workspace, stream);
+  }
+
+  template <template <class, int> class Rows, bool kAdjoint>
+  static cudaError_t varying_rows(const Scan& scan, const Plan& plan, void* workspace,
+                                  cudaStream_t stream) {
+    switch (plan.team) {
+      case 8:
+        return varying_by<Rows<Storage, 8>, kAdjoint>(scan, plan, workspace, stream);
+      case 32:
+        return varying_by<Rows<Storage, 32>, kAdjoint>(scan, plan, workspace, stream);
+      default:
+        return varying_by<Rows<Storage, kBlockThreads>, kAdjoint>(scan, plan, workspace, stream);
+    }
+  }
+
+  template <class Moves, bool kAdjoint>
+  static cudaError_t varying_by(const Scan& scan, const Plan& plan, void* workspace,
+                                cudaStream_t stream) {
+    const bool split = is_split_varying(plan);
+    const VaryingWorkspace parts(scan, plan);
+    return launch<Varying<Storage, Moves, kAdjoint>>(
+        {plan.blocks, stream},
+        {scan, split, plan.tiles, split ? parts.ticket(workspace) : nullptr,
+         split ? parts.messages(workspace) : nullptr, split ? parts.sums(workspace) : nullptr});
   }
 
   template <class Kernel>
