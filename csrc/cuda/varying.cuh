@@ -17,6 +17,8 @@
 // finite waits for the y of the tile before.
 #pragma once
 
+#include <new>
+
 #include "cuda/messages.cuh"
 #include "cuda/row.cuh"
 #include "cuda/varying_moves.cuh"
@@ -27,12 +29,12 @@ namespace ema_ext::cuda {
 template <class Storage, bool kAdjoint>
 struct VaryingRow {
   const Scan& scan;
-  const RowOffsets at;
+  const RowOffsets& at;
   const bool average, copies_first;
 
-  __device__ VaryingRow(const Scan& scan, int64_t row)
+  __device__ VaryingRow(const Scan& scan, const RowOffsets& at)
       : scan(scan),
-        at(scan, row),
+        at(at),
         average(scan.op == Op::kEma || scan.op == Op::kEmaBackward),
         copies_first(scan.op == Op::kEma && scan.start.data == nullptr) {}
 
@@ -86,32 +88,35 @@ struct Varying {
   struct Shared {
     typename Moves::Shared moves;
     typename Moves::Scan::Shared scan, history;
+    Uninitialized<RowOffsets> at[kRows];
     int64_t ticket;
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
-    const int64_t groups = (arguments.scan.rows + kRows - 1) / kRows;
-    if (!kSplits || !arguments.split) {
-#pragma unroll 1
-      for (int64_t group = blockIdx.x; group < groups; group += gridDim.x)
-        Varying(arguments, shared, group).scan_tiles(0, arguments.tiles);
-      return;
-    }
-    if (threadIdx.x == 0) shared.ticket = static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull));
+    const bool split = kSplits && arguments.split;
+    if (split && threadIdx.x == 0)
+      shared.ticket = static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull));
+    if (split) __syncthreads();
+    const int64_t item = split ? shared.ticket : static_cast<int64_t>(blockIdx.x) * arguments.tiles;
+    const int64_t group = item / arguments.tiles, tile = item % arguments.tiles;
+    const int64_t index = group * kRows + Moves::row();
+    const bool there = index < arguments.scan.rows;
+    RowOffsets& at = shared.at[Moves::row()].value();
+    if (Moves::rank() == 0) new (&at) RowOffsets(arguments.scan, there ? index : 0);
     __syncthreads();
-    const int64_t tile = shared.ticket % arguments.tiles;
-    Varying(arguments, shared, shared.ticket / arguments.tiles).scan_tiles(tile, tile + 1);
+    Varying(arguments, shared, at, group, there)
+        .scan_tiles(tile, split ? tile + 1 : arguments.tiles);
   }
 
  private:
-  __device__ Varying(const Arguments& arguments, Shared& shared, int64_t group)
+  __device__ Varying(const Arguments& arguments, Shared& shared, const RowOffsets& at,
+                     int64_t group, bool there)
       : arguments_(arguments),
         scan_(arguments.scan),
         group_(group),
-        index_(group * kRows + Moves::row()),
-        there_(index_ < scan_.rows),
-        length_(there_ ? scan_.length : 0),
-        row_(scan_, there_ ? index_ : scan_.rows - 1),
+        there_(there),
+        length_(there ? scan_.length : 0),
+        row_(scan_, at),
         moves_(shared.moves),
         maps_(shared.scan),
         history_(shared.history) {}
@@ -297,14 +302,14 @@ struct Varying {
     sum = maps_.sum(sum);
     if (!there_ || !leads()) return;
     if (kSplits && arguments_.split)
-      arguments_.sums[index_ * arguments_.tiles + end - 1] = sum;
+      arguments_.sums[(group_ * kRows + Moves::row()) * arguments_.tiles + end - 1] = sum;
     else
       write(scan_.grad_coefficient.data, Dtype::kFloat64, row_.at.grad_coefficient, sum);
   }
 
   const Arguments& arguments_;
   const Scan& scan_;
-  const int64_t group_, index_;
+  const int64_t group_;
   const bool there_;
   const int64_t length_;
   const VaryingRow<Storage, kAdjoint> row_;
