@@ -179,35 +179,45 @@ struct Dispatch {
   template <bool kAdjoint>
   static cudaError_t varying(const Scan& scan, const Plan& plan, void* workspace,
                              cudaStream_t stream) {
-    if (plan.strategy == Strategy::kVaryingColumns ||
-        plan.strategy == Strategy::kSplitVaryingColumns)
-      return varying_by<Columns<Storage>, kAdjoint>(scan, plan, workspace, stream);
-    return plan.aligned ? varying_rows<AlignedRows, kAdjoint>(scan, plan, workspace, stream)
-                        : varying_rows<AnyRows, kAdjoint>(scan, plan, workspace, stream);
+    switch (plan.strategy) {
+      case Strategy::kVaryingColumns:
+        return varying_by<Columns<Storage>, kAdjoint, false>(scan, plan, workspace, stream);
+      case Strategy::kSplitVaryingColumns:
+        return varying_by<Columns<Storage>, kAdjoint, true>(scan, plan, workspace, stream);
+      default:
+        return plan.aligned ? varying_rows<AlignedRows, kAdjoint>(scan, plan, workspace, stream)
+                            : varying_rows<AnyRows, kAdjoint>(scan, plan, workspace, stream);
+    }
   }
 
   template <template <class, int> class Rows, bool kAdjoint>
   static cudaError_t varying_rows(const Scan& scan, const Plan& plan, void* workspace,
                                   cudaStream_t stream) {
+    using Block = Rows<Storage, kBlockThreads>;
+    if (is_split_varying(plan))
+      return varying_by<Block, kAdjoint, true>(scan, plan, workspace, stream);
     switch (plan.team) {
       case 8:
-        return varying_by<Rows<Storage, 8>, kAdjoint>(scan, plan, workspace, stream);
+        return varying_by<Rows<Storage, 8>, kAdjoint, false>(scan, plan, workspace, stream);
       case 32:
-        return varying_by<Rows<Storage, 32>, kAdjoint>(scan, plan, workspace, stream);
+        return varying_by<Rows<Storage, 32>, kAdjoint, false>(scan, plan, workspace, stream);
       default:
-        return varying_by<Rows<Storage, kBlockThreads>, kAdjoint>(scan, plan, workspace, stream);
+        return varying_by<Block, kAdjoint, false>(scan, plan, workspace, stream);
     }
   }
 
-  template <class Moves, bool kAdjoint>
+  template <class Moves, bool kAdjoint, bool kSplit>
   static cudaError_t varying_by(const Scan& scan, const Plan& plan, void* workspace,
                                 cudaStream_t stream) {
-    const bool split = is_split_varying(plan);
-    const VaryingWorkspace parts(scan, plan);
-    return launch<Varying<Storage, Moves, kAdjoint>>(
-        {plan.blocks, stream},
-        {scan, split, plan.tiles, split ? parts.ticket(workspace) : nullptr,
-         split ? parts.messages(workspace) : nullptr, split ? parts.sums(workspace) : nullptr});
+    using Kernel = Varying<Storage, Moves, kAdjoint, kSplit>;
+    typename Kernel::Arguments arguments{scan, plan.tiles, nullptr, nullptr, nullptr};
+    if constexpr (kSplit) {
+      const VaryingWorkspace parts(scan, plan);
+      arguments.ticket = parts.ticket(workspace);
+      arguments.messages = parts.messages(workspace);
+      arguments.sums = parts.sums(workspace);
+    }
+    return launch<Kernel>({plan.blocks, stream}, arguments);
   }
 
   template <class Kernel>

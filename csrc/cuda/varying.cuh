@@ -66,7 +66,7 @@ struct TileMessage {
   Message ratio, drive, y;
 };
 
-template <class Storage, class Moves, bool kAdjoint>
+template <class Storage, class Moves, bool kAdjoint, bool kSplit>
 struct Varying {
   static constexpr int kThreads = kBlockThreads;
   static constexpr int kMinBlocks = kVaryingBlocks;
@@ -75,11 +75,10 @@ struct Varying {
   static constexpr int kTile = kRanks * kItems;
   static constexpr int kRows = kThreads / kRanks;  // of a block
   static constexpr bool kPrefetches = !kAdjoint;   // the next tile; else for want of registers not
-  static constexpr bool kSplits = kRanks * Moves::kRows == kThreads;
+  static_assert(!kSplit || kRanks * Moves::kRows == kThreads);
 
   struct Arguments {
     Scan scan;
-    bool split;                  // a tile per block
     int64_t tiles;               // per row
     unsigned long long* ticket;  // 0 before; of a split scan, as the two below
     TileMessage* messages;       // (group * tiles + tile) * kRows + row; 0 before
@@ -93,19 +92,20 @@ struct Varying {
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
-    const bool split = kSplits && arguments.split;
-    if (split && threadIdx.x == 0)
-      shared.ticket = static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull));
-    if (split) __syncthreads();
-    const int64_t item = split ? shared.ticket : static_cast<int64_t>(blockIdx.x) * arguments.tiles;
-    const int64_t group = item / arguments.tiles, tile = item % arguments.tiles;
+    int64_t group = blockIdx.x, tile = 0;
+    if constexpr (kSplit) {
+      if (threadIdx.x == 0) shared.ticket = static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull));
+      __syncthreads();
+      group = shared.ticket / arguments.tiles;
+      tile = shared.ticket % arguments.tiles;
+    }
     const int64_t index = group * kRows + Moves::row();
     const bool there = index < arguments.scan.rows;
     RowOffsets& at = shared.at[Moves::row()].value();
     if (Moves::rank() == 0) new (&at) RowOffsets(arguments.scan, there ? index : 0);
     __syncthreads();
     Varying(arguments, shared, at, group, there)
-        .scan_tiles(tile, split ? tile + 1 : arguments.tiles);
+        .scan_tiles(tile, kSplit ? tile + 1 : arguments.tiles);
   }
 
  private:
@@ -146,11 +146,11 @@ struct Varying {
       if (count < own() + kItems) leave_unchanged(count, c, x);
       if (row_.copies_first && tile == 0 && leads()) c[0] = 1;
       maps_.take(compose(c, x));
-      if (kSplits && arguments_.split) before = look_back(tile, before);
+      if constexpr (kSplit) before = look_back(tile, before);
 
       typename Moves::Scan::Ends y = maps_.follow(before);
       if (!(finite(y.before) && finite(y.after)) && before == before) walk(tile, before, y);
-      if (kSplits && arguments_.split && leads() && there_ && tile + 1 < arguments_.tiles)
+      if (kSplit && leads() && there_ && tile + 1 < arguments_.tiles)
         send(message(tile).y, y.after);
       before = y.after;
       last = to_outputs(tile, count, y.before, c, x, sum);
@@ -301,7 +301,7 @@ struct Varying {
     if (!kAdjoint || scan_.varying || scan_.grad_coefficient.data == nullptr) return;
     sum = maps_.sum(sum);
     if (!there_ || !leads()) return;
-    if (kSplits && arguments_.split)
+    if (kSplit)
       arguments_.sums[(group_ * kRows + Moves::row()) * arguments_.tiles + end - 1] = sum;
     else
       write(scan_.grad_coefficient.data, Dtype::kFloat64, row_.at.grad_coefficient, sum);
