@@ -139,7 +139,11 @@ struct Varying {
       const int64_t count = length_ - tile * kTile;  // samples that the row has from here on
       if constexpr (!kPrefetches) fetch(tile, raw_x, raw_c);
       double c[kItems], x[kItems];
-      moves_.spread(raw_c, samples(scan_.coefficient, row_.at.coefficient, tile), c);
+      const Samples coefficients = samples(scan_.coefficient, row_.at.coefficient, tile);
+      if constexpr (kAdjoint)
+        moves_.spread_any(raw_c, coefficients, c);
+      else
+        moves_.spread(raw_c, coefficients, c);
       moves_.spread(raw_x, samples(scan_.x, row_.at.x, tile), x);
       if constexpr (kPrefetches)
         if (tile + 1 < end) fetch(tile + 1, raw_x, raw_c);
@@ -167,9 +171,10 @@ struct Varying {
 
   // Samples beyond the row leave y as it is.
   __device__ __forceinline__ void leave_unchanged(int64_t count, double* c, double* x) const {
+    const int mine = own_first(count) + 1;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      if (own() + i < count) continue;
+      if (i < mine) continue;
       c[i] = row_.average ? 0 : 1;
       x[i] = 0;
     }

@@ -42,6 +42,11 @@ struct Samples {
   __device__ __forceinline__ typename Storage::Sample* at(int64_t n) const {
     return static_cast<typename Storage::Sample*>(view.data) + first + n * view.time_stride;
   }
+  // The n'th in memory, whichever way time runs.
+  template <class Storage>
+  __device__ __forceinline__ typename Storage::Sample* at_contiguous(int64_t n) const {
+    return static_cast<typename Storage::Sample*>(view.data) + first + n;
+  }
   template <class Storage>
   __device__ __forceinline__ double get(int64_t n) const {
     return Storage::get(*at<Storage>(n));
@@ -88,13 +93,14 @@ class AlignedRows {
     return from.view.time_stride != 0 ? fetch(from, count) : Raw{};
   }
 
-  __device__ __forceinline__ void spread(const Raw& raw, const Samples& from, double* to) const {
-    if (from.view.time_stride == 0) {
-      const double value = read(from.view.data, from.view.dtype, from.first);
+  __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from,
+                                             double* to) const {
+    if (from.view.time_stride != 0) return spread(raw, from, to);
+    const double value = read(from.view.data, from.view.dtype, from.first);
 #pragma unroll
-      for (int i = 0; i < kVaryingItems; ++i) to[i] = value;
-      return;
-    }
+    for (int i = 0; i < kVaryingItems; ++i) to[i] = value;
+  }
+  __device__ __forceinline__ void spread(const Raw& raw, const Samples& from, double* to) const {
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kChunks; ++j)
@@ -129,14 +135,14 @@ class AlignedRows {
       typename Storage::Acc own[kC];
 #pragma unroll
       for (int i = 0; i < kC; ++i) own[i] = static_cast<typename Storage::Acc>(items[j * kC + i]);
-      shared_[place(lane_ * kChunks + j)] = Chunk<Storage>::pack(own);
+      shared_[place(lane_ * kChunks + j)] =
+          Chunk<Storage>::turned(Chunk<Storage>::pack(own), to.view.time_stride < 0);
     }
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kChunks; ++j)
       if (chunk(j) * kC < count)
-        *address(to, chunk(j)) = Chunk<Storage>::turned(
-            shared_[place(base() + j * kLanes + member_)], to.view.time_stride < 0);
+        *address(to, chunk(j)) = shared_[place(base() + j * kLanes + member_)];
   }
   __device__ __forceinline__ void put_any(const double* items, const Samples& to,
                                           int64_t count) const {
@@ -156,9 +162,9 @@ class AlignedRows {
     return (rank() / kLanes * kChunks + j) * kLanes + member_;
   }
   static __device__ __forceinline__ uint4* address(const Samples& of, int chunk) {
-    const int64_t n = chunk * kC;
-    return reinterpret_cast<uint4*>(static_cast<typename Storage::Sample*>(of.view.data) +
-                                    of.first + (of.view.time_stride < 0 ? -n - (kC - 1) : n));
+    const int n = chunk * kC;
+    return reinterpret_cast<uint4*>(
+        of.template at_contiguous<Storage>(of.view.time_stride < 0 ? -n - (kC - 1) : n));
   }
 
   uint4* shared_;
@@ -198,6 +204,10 @@ class AnyRows {
     return raw;
   }
 
+  __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from,
+                                             double* to) const {
+    spread(raw, from, to);
+  }
   __device__ __forceinline__ void spread(const Raw& raw, const Samples&, double* to) const {
     __syncwarp();
 #pragma unroll
@@ -280,6 +290,10 @@ class Columns {
     return raw;
   }
 
+  __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from,
+                                             double* to) const {
+    spread(raw, from, to);
+  }
   __device__ __forceinline__ void spread(const Raw& raw, const Samples&, double* to) const {
 #pragma unroll
     for (int i = 0; i < kVaryingItems; ++i) to[i] = raw.samples[i];
