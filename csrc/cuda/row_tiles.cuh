@@ -47,7 +47,7 @@ struct RowTiles {
       const int64_t index = first + thread() / kTeam;
       const bool there = index < scan.rows, leads = there && thread() % kTeam == 0;
       TeamRow& team = shared.teams[thread() / kTeam].value();
-      if (thread() % kTeam == 0) new (&team) TeamRow(scan, there ? index : scan.rows - 1, true);
+      if (thread() % kTeam == 0) new (&team) TeamRow(scan, there ? index : scan.rows - 1, there);
       sync();
       turn = RowTiles(scan, shared, team, there, turn).scan_tiles();
       sync();
@@ -120,7 +120,7 @@ struct RowTiles {
       if (copies) s[0] = x[0];
 
       const Run<Storage> to = run_of(team_.row.y, scan_.y, tile);
-      const int mine = to.chunks - (begin() - warp_begin());  // chunks of this thread, or more
+      const int mine = own_chunks(chunks_ - tile * kTileChunks - begin());
 #pragma unroll
       for (int c = 0; c < kThreadChunks; ++c)
         if (c < mine) last = s[c * kC + kC - 1];

@@ -116,7 +116,8 @@ struct SplitRows {
     if (copies) s[0] = x[0];
 
     const Run<Storage> to = run_of(team_.row.y, scan.y);
-    const int mine = to.chunks - thread() % kWarp * kThreadChunks;
+    const int mine =
+        own_chunks(team_.parts.chunks - tile_ * kTileChunks - thread() * kThreadChunks);
     if constexpr (kGradient) {
       moves_.spread(raw_forward, scan.forward_x.time_stride < 0, x);
       join(alpha_sums(x, s, mine, k), to.chunks);

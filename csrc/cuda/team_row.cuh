@@ -51,8 +51,8 @@ struct TeamRow {
     walk.over(row, scan, parts.head + parts.chunks * Chunk<Storage>::kSamples, scan.length);
   }
 
-  // s to y, of a tile of which this thread has `mine` chunks: as many as it can hold or more, but
-  // in the row's last tile, where `ends`, the last sample may be all of lambda.
+  // s to y, of a tile of which this thread has `mine` chunks (own_chunks). If it `ends` the row,
+  // the last sample may be all of lambda.
   __device__ __forceinline__ void to_outputs(const Scan& scan, int mine, bool ends,
                                              typename Storage::Acc* s) const {
     constexpr int kC = Chunk<Storage>::kSamples;

@@ -15,6 +15,12 @@
 
 namespace ema_ext::cuda {
 
+// The chunks of a thread, of `left` from its first one on: kThreadChunks only of the last that
+// there is, more where others follow.
+__device__ __forceinline__ int own_chunks(int64_t left) {
+  return static_cast<int>(left > kThreadChunks ? kThreadChunks + 1 : left < 0 ? 0 : left);
+}
+
 template <class Storage>
 constexpr int kGroup = Chunk<Storage>::kSamples < 4 ? Chunk<Storage>::kSamples : 4;
 
