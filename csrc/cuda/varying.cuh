@@ -129,6 +129,12 @@ struct Varying {
     return {view, row, tile * kTile};
   }
 
+  // Samples that the row has from a tile on, or one more than a tile.
+  __device__ __forceinline__ int count_from(int64_t tile) const {
+    const int64_t left = length_ - tile * kTile;
+    return left < 0 ? 0 : left <= kTile ? static_cast<int>(left) : kTile + 1;
+  }
+
   // Every team of the block takes as many, as they wait for each other.
   __device__ __forceinline__ void scan_tiles(int64_t tile, int64_t end) {
     double before = row_.start(), last = 0, sum = 0;
@@ -136,7 +142,7 @@ struct Varying {
     if constexpr (kPrefetches) fetch(tile, raw_x, raw_c);
 #pragma unroll 1
     for (; tile < end; ++tile) {
-      const int64_t count = length_ - tile * kTile;  // samples that the row has from here on
+      const int count = count_from(tile);
       if constexpr (!kPrefetches) fetch(tile, raw_x, raw_c);
       double c[kItems], x[kItems];
       const Samples coefficients = samples(scan_.coefficient, row_.at.coefficient, tile);
@@ -164,13 +170,13 @@ struct Varying {
 
   using Raw = typename Moves::Raw;
   __device__ __forceinline__ void fetch(int64_t tile, Raw& x, Raw& coefficient) const {
-    const int64_t count = length_ - tile * kTile;
+    const int count = count_from(tile);
     x = moves_.fetch(samples(scan_.x, row_.at.x, tile), count);
     coefficient = moves_.fetch_any(samples(scan_.coefficient, row_.at.coefficient, tile), count);
   }
 
   // Samples beyond the row leave y as it is.
-  __device__ __forceinline__ void leave_unchanged(int64_t count, double* c, double* x) const {
+  __device__ __forceinline__ void leave_unchanged(int count, double* c, double* x) const {
     const int mine = own_first(count) + 1;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -210,13 +216,13 @@ struct Varying {
 
   // Which of the thread's samples is the row's last, the first one of the forward's time: below 0
   // or kItems if none is.
-  static __device__ __forceinline__ int own_first(int64_t count) {
-    const int64_t first = count - 1 - own();
-    return first < 0 ? -1 : first < kItems ? static_cast<int>(first) : kItems;
+  static __device__ __forceinline__ int own_first(int count) {
+    const int first = count - 1 - own();
+    return first < 0 ? -1 : first < kItems ? first : kItems;
   }
 
   // From the y before the thread's samples, to what is wanted of them; the last y.
-  __device__ __forceinline__ double to_outputs(int64_t tile, int64_t count, double y, double* c,
+  __device__ __forceinline__ double to_outputs(int64_t tile, int count, double y, double* c,
                                                double* x, double& sum) const {
     if constexpr (!kAdjoint) {
 #pragma unroll
@@ -241,7 +247,7 @@ struct Varying {
   }
 
   // The gradient to each sample's coefficient, or their sum where it is constant.
-  __device__ __forceinline__ void to_coefficient(int64_t tile, int64_t count, const double* lambda,
+  __device__ __forceinline__ void to_coefficient(int64_t tile, int count, const double* lambda,
                                                  double& sum) const {
     const Samples forward_x = samples(scan_.forward_x, row_.at.forward_x, tile);
     const Samples forward_y = samples(scan_.forward_y, row_.at.forward_y, tile);

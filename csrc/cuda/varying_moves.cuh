@@ -7,7 +7,8 @@
 //   fetch     from a tensor of Storage's dtype, or (fetch_any) of any
 //   spread    to the threads' own samples, 0 beyond the row
 //   put       to a tensor of Storage's dtype, or (put_any) of any
-// whose samples n are those from the team's tile on, of which the row has `count`.
+// whose samples n are those from the team's tile on, of which the row has `count` or (above a tile)
+// more.
 #pragma once
 
 #include "cuda/maps.cuh"
@@ -82,14 +83,14 @@ class AlignedRows {
   static __device__ __forceinline__ int row() { return threadIdx.x / kTeam; }
   static __device__ __forceinline__ int rank() { return threadIdx.x % kTeam; }
 
-  __device__ __forceinline__ Raw fetch(const Samples& from, int64_t count) const {
+  __device__ __forceinline__ Raw fetch(const Samples& from, int count) const {
     Raw raw;
 #pragma unroll
     for (int j = 0; j < kChunks; ++j)
       raw.chunks[j] = chunk(j) * kC < count ? *address(from, chunk(j)) : uint4{0, 0, 0, 0};
     return raw;
   }
-  __device__ __forceinline__ Raw fetch_any(const Samples& from, int64_t count) const {
+  __device__ __forceinline__ Raw fetch_any(const Samples& from, int count) const {
     return from.view.time_stride != 0 ? fetch(from, count) : Raw{};
   }
 
@@ -117,18 +118,18 @@ class AlignedRows {
   }
 
   // The sample after each of the thread's own, and after the last of the lanes' the one in memory.
-  __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from, int64_t count,
+  __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from, int count,
                                               double* to) const {
     spread(raw, from, to);
     const double own = __shfl_down_sync(kAllLanes, to[0], 1, kLanes);
-    const int64_t n = (rank() + 1) * kVaryingItems;
+    const int n = (rank() + 1) * kVaryingItems;
 #pragma unroll
     for (int i = 1; i < kVaryingItems; ++i) to[i - 1] = to[i];
     to[kVaryingItems - 1] = own;
     if (member_ == kLanes - 1 && n < count) to[kVaryingItems - 1] = from.template get<Storage>(n);
   }
 
-  __device__ __forceinline__ void put(const double* items, const Samples& to, int64_t count) const {
+  __device__ __forceinline__ void put(const double* items, const Samples& to, int count) const {
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
@@ -144,8 +145,7 @@ class AlignedRows {
       if (chunk(j) * kC < count)
         *address(to, chunk(j)) = shared_[place(base() + j * kLanes + member_)];
   }
-  __device__ __forceinline__ void put_any(const double* items, const Samples& to,
-                                          int64_t count) const {
+  __device__ __forceinline__ void put_any(const double* items, const Samples& to, int count) const {
     put(items, to, count);
   }
 
@@ -194,10 +194,10 @@ class AnyRows {
   static __device__ __forceinline__ int row() { return threadIdx.x / kTeam; }
   static __device__ __forceinline__ int rank() { return threadIdx.x % kTeam; }
 
-  __device__ __forceinline__ Raw fetch(const Samples& from, int64_t count) const {
+  __device__ __forceinline__ Raw fetch(const Samples& from, int count) const {
     return fetch_as<Storage>(from, count);
   }
-  __device__ __forceinline__ Raw fetch_any(const Samples& from, int64_t count) const {
+  __device__ __forceinline__ Raw fetch_any(const Samples& from, int count) const {
     Raw raw;
     with_storage(from.view.dtype,
                  [&](auto storage) { raw = fetch_as<decltype(storage)>(from, count); });
@@ -216,18 +216,17 @@ class AnyRows {
 #pragma unroll
     for (int i = 0; i < kVaryingItems; ++i) to[i] = shared_[place(member_ * kVaryingItems + i)];
   }
-  __device__ __forceinline__ void spread_next(const Raw&, const Samples& from, int64_t count,
+  __device__ __forceinline__ void spread_next(const Raw&, const Samples& from, int count,
                                               double* to) const {
     const Samples next(from.view, from.first, 1);
     spread(fetch(next, count - 1), next, to);
   }
 
-  __device__ __forceinline__ void put(const double* items, const Samples& to, int64_t count) const {
+  __device__ __forceinline__ void put(const double* items, const Samples& to, int count) const {
     stage(items);
     put_as<Storage>(to, count);
   }
-  __device__ __forceinline__ void put_any(const double* items, const Samples& to,
-                                          int64_t count) const {
+  __device__ __forceinline__ void put_any(const double* items, const Samples& to, int count) const {
     stage(items);
     with_storage(to.view.dtype, [&](auto storage) { put_as<decltype(storage)>(to, count); });
   }
@@ -239,7 +238,7 @@ class AnyRows {
   }
 
   template <class Other>
-  __device__ __forceinline__ Raw fetch_as(const Samples& from, int64_t count) const {
+  __device__ __forceinline__ Raw fetch_as(const Samples& from, int count) const {
     Raw raw;
 #pragma unroll
     for (int j = 0; j < kVaryingItems; ++j)
@@ -253,7 +252,7 @@ class AnyRows {
     __syncwarp();
   }
   template <class Other>
-  __device__ __forceinline__ void put_as(const Samples& to, int64_t count) const {
+  __device__ __forceinline__ void put_as(const Samples& to, int count) const {
 #pragma unroll
     for (int j = 0; j < kVaryingItems; ++j)
       if (sample(j) < count)
@@ -280,10 +279,10 @@ class Columns {
   static __device__ __forceinline__ int row() { return threadIdx.x % kWarp; }
   static __device__ __forceinline__ int rank() { return threadIdx.x / kWarp; }
 
-  __device__ __forceinline__ Raw fetch(const Samples& from, int64_t count) const {
+  __device__ __forceinline__ Raw fetch(const Samples& from, int count) const {
     return fetch_as<Storage>(from, count);
   }
-  __device__ __forceinline__ Raw fetch_any(const Samples& from, int64_t count) const {
+  __device__ __forceinline__ Raw fetch_any(const Samples& from, int count) const {
     Raw raw;
     with_storage(from.view.dtype,
                  [&](auto storage) { raw = fetch_as<decltype(storage)>(from, count); });
@@ -298,17 +297,16 @@ class Columns {
 #pragma unroll
     for (int i = 0; i < kVaryingItems; ++i) to[i] = raw.samples[i];
   }
-  __device__ __forceinline__ void spread_next(const Raw&, const Samples& from, int64_t count,
+  __device__ __forceinline__ void spread_next(const Raw&, const Samples& from, int count,
                                               double* to) const {
     const Samples next(from.view, from.first, 1);
     spread(fetch(next, count - 1), next, to);
   }
 
-  __device__ __forceinline__ void put(const double* items, const Samples& to, int64_t count) const {
+  __device__ __forceinline__ void put(const double* items, const Samples& to, int count) const {
     put_as<Storage>(items, to, count);
   }
-  __device__ __forceinline__ void put_any(const double* items, const Samples& to,
-                                          int64_t count) const {
+  __device__ __forceinline__ void put_any(const double* items, const Samples& to, int count) const {
     with_storage(to.view.dtype, [&](auto storage) { put_as<decltype(storage)>(items, to, count); });
   }
 
@@ -316,7 +314,7 @@ class Columns {
   static __device__ __forceinline__ int sample(int i) { return rank() * kVaryingItems + i; }
 
   template <class Other>
-  __device__ __forceinline__ Raw fetch_as(const Samples& from, int64_t count) const {
+  __device__ __forceinline__ Raw fetch_as(const Samples& from, int count) const {
     Raw raw;
 #pragma unroll
     for (int i = 0; i < kVaryingItems; ++i)
@@ -324,8 +322,7 @@ class Columns {
     return raw;
   }
   template <class Other>
-  __device__ __forceinline__ void put_as(const double* items, const Samples& to,
-                                         int64_t count) const {
+  __device__ __forceinline__ void put_as(const double* items, const Samples& to, int count) const {
 #pragma unroll
     for (int i = 0; i < kVaryingItems; ++i)
       if (sample(i) < count) to.template set<Other>(sample(i), items[i]);
