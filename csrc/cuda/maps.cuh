@@ -8,7 +8,7 @@ namespace ema_ext::cuda {
 
 struct Map {
   double ratio = 1;
-  double drive = 0;
+  double drive = -0.0;  // so that a map of no samples leaves -0 as it is
 
   __device__ __forceinline__ double operator()(double y) const { return ratio * y + drive; }
   __device__ __forceinline__ Map after(const Map& first) const {
