@@ -27,10 +27,20 @@ class Expected:
         return ("".join(choice) for choice in product(*choices))
 
 
-STORAGE = "{Native<float>,Native<double>,Float16,BFloat16}"
+STORAGES = ("Native<float>", "Native<double>", "Float16", "BFloat16")
+STORAGE = f"{{{','.join(STORAGES)}}}"
 
 #: Of a kernel whose trip is one tile, the row's alpha, start and sums go with each.
 SCALARS = "the row's scalars"
+
+
+def varying(storage: str) -> Iterator[str]:
+    """Without the bar: products of coefficients are composed in float64, sample by sample."""
+    for rows in ("AlignedRows", "AnyRows"):
+        yield f"Varying<{storage}, {rows}<{storage}, {{8,32,256}}>, {{false,true}}, false>"
+        yield f"Varying<{storage}, {rows}<{storage}, 256>, {{false,true}}, true>"
+    yield f"Varying<{storage}, Columns<{storage}>, {{false,true}}, {{false,true}}>"
+
 
 KERNELS = [
     Expected("write_answer"),  # probe.cu
@@ -41,4 +51,6 @@ KERNELS = [
     Expected(f"SplitRows<Tiling<{STORAGE}, 256, true, true>>", aligned=True, moves=(2, 1)),
     Expected(f"SplitRows<Tiling<{STORAGE}, 256, false, {{false,true}}>>"),
     Expected(f"SplitSums<{STORAGE}, {{false,true}}>"),
+    *(Expected(names) for storage in STORAGES for names in varying(storage)),
+    Expected(f"{{SumAlongTerms,SumAlongResults}}<{STORAGE}>"),
 ]

@@ -7,6 +7,7 @@
 #include "cuda/row_tiles.cuh"
 #include "cuda/split_rows.cuh"
 #include "cuda/sum_terms.cuh"
+#include "cuda/varying.cuh"
 
 namespace ema_ext::cuda {
 
@@ -39,6 +40,45 @@ class SplitWorkspace {
   int64_t teams_at_, sums_at_, end_;
 };
 
+inline bool is_split_varying(const Plan& plan) {
+  return plan.strategy == Strategy::kSplitVaryingRows ||
+         plan.strategy == Strategy::kSplitVaryingColumns;
+}
+inline bool is_varying(const Plan& plan) {
+  return is_split_varying(plan) || plan.strategy == Strategy::kVaryingRows ||
+         plan.strategy == Strategy::kVaryingColumns;
+}
+
+// The same of a split varying scan: where its gradient is a sum over time, one float64 per tile.
+class VaryingWorkspace {
+ public:
+  VaryingWorkspace(const Scan& scan, const Plan& plan)
+      : sums_at_(kMessages +
+                 plan.blocks * rows_per_block(plan) * static_cast<int64_t>(sizeof(TileMessage))),
+        end_(sums_at_ + (sums_over_time(scan) ? scan.rows * plan.tiles * 8 : 0)) {}
+
+  Workspace size() const { return {end_, sums_at_, sums_over_time_at()}; }
+  static unsigned long long* ticket(void* at) { return static_cast<unsigned long long*>(at); }
+  static TileMessage* messages(void* at) {
+    return reinterpret_cast<TileMessage*>(static_cast<char*>(at) + kMessages);
+  }
+  double* sums(void* at) const {
+    return reinterpret_cast<double*>(static_cast<char*>(at) + sums_at_);
+  }
+
+ private:
+  static bool sums_over_time(const Scan& scan) {
+    return wants_gradient(scan) && !scan.varying && is_adjoint(scan.op);
+  }
+  static int64_t rows_per_block(const Plan& plan) {
+    return plan.strategy == Strategy::kSplitVaryingColumns ? kWarp : 1;
+  }
+  int64_t sums_over_time_at() const { return end_ > sums_at_ ? sums_at_ : 0; }
+
+  static constexpr int64_t kMessages = sizeof(Message);
+  int64_t sums_at_, end_;
+};
+
 template <class Storage>
 struct Dispatch {
   static Workspace workspace(const Scan& scan, const Plan& plan) {
@@ -47,6 +87,9 @@ struct Dispatch {
         return split_rows_workspace(scan, plan).size();
       case Strategy::kSplitLanes:
         return split_lanes_workspace(scan, plan).size();
+      case Strategy::kSplitVaryingRows:
+      case Strategy::kSplitVaryingColumns:
+        return VaryingWorkspace(scan, plan).size();
       default:
         return {};
     }
@@ -54,6 +97,9 @@ struct Dispatch {
 
   static cudaError_t scan(const Scan& scan, const Plan& plan, void* workspace,
                           cudaStream_t stream) {
+    if (is_varying(plan))
+      return is_adjoint(scan.op) ? varying<true>(scan, plan, workspace, stream)
+                                 : varying<false>(scan, plan, workspace, stream);
     return plan.aligned ? scan_as<true>(scan, plan, workspace, stream)
                         : scan_as<false>(scan, plan, workspace, stream);
   }
@@ -72,8 +118,9 @@ struct Dispatch {
                ? sizeof(TeamRow<Tiling<Storage, kBlockThreads, kAligned, true>>)
                : sizeof(TeamRow<Tiling<Storage, kBlockThreads, kAligned, false>>);
   }
-  static constexpr int64_t kTeamBytes =
-      team_bytes<true>() > team_bytes<false>() ? team_bytes<true>() : team_bytes<false>();
+  static constexpr int64_t kTeamBytes = team_bytes<true>() > team_bytes<false>()
+                                            ? team_bytes<true>()
+                                            : team_bytes<false>();
   static SplitWorkspace split_rows_workspace(const Scan& scan, const Plan& plan) {
     return {scan, plan.blocks, kTeamBytes};
   }
@@ -99,8 +146,9 @@ struct Dispatch {
       case Strategy::kLanes:
       case Strategy::kSplitLanes:
         return lanes<kAligned, kGradient>(scan, plan, workspace, stream);
+      default:
+        return cudaErrorInvalidValue;
     }
-    return cudaErrorInvalidValue;
   }
 
   template <bool kAligned, bool kGradient>
@@ -156,6 +204,50 @@ struct Dispatch {
         return launch<LaneSums<Storage, kAligned>>(
             {(scan.rows + kBlockThreads - 1) / kBlockThreads, stream}, arguments);
     return error;
+  }
+
+  template <bool kAdjoint>
+  static cudaError_t varying(const Scan& scan, const Plan& plan, void* workspace,
+                             cudaStream_t stream) {
+    switch (plan.strategy) {
+      case Strategy::kVaryingColumns:
+        return varying_by<Columns<Storage>, kAdjoint, false>(scan, plan, workspace, stream);
+      case Strategy::kSplitVaryingColumns:
+        return varying_by<Columns<Storage>, kAdjoint, true>(scan, plan, workspace, stream);
+      default:
+        return plan.aligned ? varying_rows<AlignedRows, kAdjoint>(scan, plan, workspace, stream)
+                            : varying_rows<AnyRows, kAdjoint>(scan, plan, workspace, stream);
+    }
+  }
+
+  template <template <class, int> class Rows, bool kAdjoint>
+  static cudaError_t varying_rows(const Scan& scan, const Plan& plan, void* workspace,
+                                  cudaStream_t stream) {
+    using Block = Rows<Storage, kBlockThreads>;
+    if (is_split_varying(plan))
+      return varying_by<Block, kAdjoint, true>(scan, plan, workspace, stream);
+    switch (plan.team) {
+      case 8:
+        return varying_by<Rows<Storage, 8>, kAdjoint, false>(scan, plan, workspace, stream);
+      case 32:
+        return varying_by<Rows<Storage, 32>, kAdjoint, false>(scan, plan, workspace, stream);
+      default:
+        return varying_by<Block, kAdjoint, false>(scan, plan, workspace, stream);
+    }
+  }
+
+  template <class Moves, bool kAdjoint, bool kSplit>
+  static cudaError_t varying_by(const Scan& scan, const Plan& plan, void* workspace,
+                                cudaStream_t stream) {
+    using Kernel = Varying<Storage, Moves, kAdjoint, kSplit>;
+    typename Kernel::Arguments arguments{scan, plan.tiles, nullptr, nullptr, nullptr};
+    if constexpr (kSplit) {
+      const VaryingWorkspace parts(scan, plan);
+      arguments.ticket = parts.ticket(workspace);
+      arguments.messages = parts.messages(workspace);
+      arguments.sums = parts.sums(workspace);
+    }
+    return launch<Kernel>({plan.blocks, stream}, arguments);
   }
 
   template <class Kernel>

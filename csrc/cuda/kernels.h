@@ -13,6 +13,9 @@ namespace ema_ext::cuda {
 struct Workspace {
   int64_t bytes = 0;
   int64_t cleared = 0;  // of those, the first ones, which must be 0 before the launch
+  // Where the scan leaves one float64 per tile of each row, whose sums are the gradient to the
+  // coefficient; 0 if it does not.
+  int64_t sums = 0;
 };
 
 struct Kernels {

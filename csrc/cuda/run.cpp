@@ -84,6 +84,17 @@ Scan scan_of(const Problem& problem, int64_t outer) {
   return scan;
 }
 
+Sum sum_over_tiles(const Scan& scan, const Plan& plan, const void* partials) {
+  Sum sum{partials, Dtype::kFloat64, scan.grad_coefficient.data, Dtype::kFloat64, {}, {}};
+  sum.summed.add(plan.tiles, 1, 0);
+  int64_t stride = scan.rows * plan.tiles;
+  for (int d = 0; d < scan.ndim; ++d) {
+    stride /= scan.sizes[d];
+    sum.kept.add(scan.sizes[d], stride, scan.grad_coefficient.row_strides[d]);
+  }
+  return sum;
+}
+
 void run_scan(const Scan& scan, const Device& device, cudaStream_t stream,
               const Allocate& allocate) {
   const Kernels& kernels = kernels_for(scan.x.dtype);
@@ -95,6 +106,9 @@ void run_scan(const Scan& scan, const Device& device, cudaStream_t stream,
     check(cudaMemsetAsync(memory, 0, workspace.cleared, stream), "ema_ext: clearing the workspace");
   }
   check(kernels.scan(scan, plan, memory, stream), "ema_ext: launching a kernel");
+  if (workspace.sums > 0)
+    sum(sum_over_tiles(scan, plan, static_cast<char*>(memory) + workspace.sums), device, stream,
+        allocate);
 }
 
 // Whether a warp does better to lie along the terms of a result than along the results.

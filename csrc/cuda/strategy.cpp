@@ -78,6 +78,53 @@ bool touch(const Scan& scan) {
          (scan.forward_x.data == nullptr || scan.forward_x.row_strides[d] == 1);
 }
 
+// Threads for a row, each of which takes `items` samples at a time.
+int rows_team(const Scan& scan, int64_t items, const Device& device) {
+  if (scan.length <= kShortTiles * 8 * items) return 8;
+  const bool many = scan.rows >= kWarpRows * device.multiprocessors;
+  return many || scan.length <= 64 * items ? 32 : kBlockThreads;
+}
+
+// Whether all that a varying scan reads and writes per sample comes in whole chunks of 16 bytes.
+bool is_varying_aligned(const Scan& scan) {
+  const int64_t samples = 16 / bytes_of(scan.x.dtype), stride = scan.x.time_stride;
+  if ((stride != 1 && stride != -1) || scan.length % samples != 0) return false;
+  const auto fits = [&](const View& view) {
+    if (view.data == nullptr) return true;
+    if (view.dtype != scan.x.dtype || view.time_stride != stride ||
+        phase(view, samples) != (stride < 0 ? samples - 1 : 0))
+      return false;
+    return std::all_of(view.row_strides, view.row_strides + scan.ndim,
+                       [&](int64_t s) { return s % samples == 0; });
+  };
+  return fits(scan.x) && fits(scan.y) && fits(scan.forward_x) && fits(scan.forward_y) &&
+         (!scan.varying || (fits(scan.coefficient) && fits(scan.grad_coefficient)));
+}
+
+Plan varying_plan(const Scan& scan, const Device& device) {
+  const bool columns = touch(scan);
+  const int64_t threads = columns ? kBlockWarps : kBlockThreads;  // along time
+  const int64_t groups = ceil_div(scan.rows, kBlockThreads / threads);
+  const int64_t tiles = ceil_div(scan.length, threads * kVaryingItems);
+  const bool split =
+      groups < kRowsPerMultiprocessor * device.multiprocessors && tiles >= kSplitTiles;
+  if (split)
+    return {columns ? Strategy::kSplitVaryingColumns : Strategy::kSplitVaryingRows,
+            kBlockThreads,
+            !columns && is_varying_aligned(scan),
+            groups * tiles,
+            tiles,
+            0};
+  if (columns) return {Strategy::kVaryingColumns, 0, false, groups, tiles, 0};
+  const int team = rows_team(scan, kVaryingItems, device);
+  return {Strategy::kVaryingRows,
+          team,
+          is_varying_aligned(scan),
+          ceil_div(scan.rows, kBlockThreads / team),
+          ceil_div(scan.length, team * kVaryingItems),
+          0};
+}
+
 }  // namespace
 
 int lane_axis(const Problem& problem) {
@@ -88,6 +135,7 @@ int lane_axis(const Problem& problem) {
 }
 
 Plan make_plan(const Scan& scan, const Device& device) {
+  if (scan.varying || scan.op == Op::kLinearRecurrenceBackward) return varying_plan(scan, device);
   if (touch(scan)) return lanes_plan(scan, device);
   const int64_t bytes = bytes_of(scan.x.dtype), samples = 16 / bytes;
   const bool gradient = scan.grad_coefficient.data != nullptr, aligned = is_aligned(scan, true);
@@ -98,10 +146,7 @@ Plan make_plan(const Scan& scan, const Device& device) {
   if (few && scan.length >= kSplitTiles * tile)
     return {Strategy::kSplitRows, kBlockThreads, is_aligned(scan, true),
             scan.rows * tiles,    tiles,         0};
-  const int team = scan.length <= kShortTiles * 8 * items ? 8
-                   : scan.rows >= kWarpRows * device.multiprocessors || scan.length <= 64 * items
-                       ? 32
-                       : kBlockThreads;
+  const int team = rows_team(scan, items, device);
   return {Strategy::kRows,
           team,
           is_aligned(scan, team > 8),

@@ -14,11 +14,16 @@ enum class Strategy : int8_t {
   kSplitRows,   // split_rows.cuh: a block per tile of a row
   kLanes,       // lanes.cuh: rows side by side
   kSplitLanes,  // the same, a block per tile
+  // A coefficient per sample, or an adjoint that needs y: varying.cuh.
+  kVaryingRows,          // a team of threads per row
+  kSplitVaryingRows,     // a block per tile of a row
+  kVaryingColumns,       // rows side by side
+  kSplitVaryingColumns,  // the same, a block per tile
 };
 
 struct Plan {
   Strategy strategy;
-  int team;      // threads per row, of kRows
+  int team;      // threads per row, of kRows and kVaryingRows
   bool aligned;  // samples move 16 bytes at a time
   int64_t blocks;
   int64_t tiles;  // per row; 0 of kRows

@@ -57,6 +57,11 @@ constexpr int64_t kLaneBytes = 64;
 // a hundredth of its samples.
 constexpr int64_t kLaneLookBack = 8;
 
+// Coefficients that vary in time: samples of a thread, as float64 of which two tensors are held at
+// once, and blocks per multiprocessor that leave 128 registers for that.
+constexpr int kVaryingItems = 8;
+constexpr int kVaryingBlocks = 2;
+
 // Terms of a broadcast sum that a warp adds up, 128 to each lane: what it leaves behind is a
 // thousandth of what it reads. The sums of such chunks are summed likewise. Changes results in
 // their last bits.
