@@ -260,6 +260,10 @@ class Executor:
         kinds["checks"] = lambda v: v == "True"
         self.set(**{name: kinds.get(name, int)(value) for name, value in given.items()})
 
+    def plant(self, file: str = "", line: int = 0) -> None:
+        """From now on the barrier or fence of this line is not there: Planted, in executor.h."""
+        self.library.executor_plant(file.encode(), line)
+
     def error(self) -> str:
         """What the last run broke."""
         return self.library.executor_error().decode()

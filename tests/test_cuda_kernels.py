@@ -6,6 +6,7 @@ The tests of the CPU's kernels run through them too: SELECTION, under several sc
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -117,6 +118,34 @@ def test_every_sample_is_moved_once(loaded: ex.Executor, shape: str, dtype: torc
     if dtype == torch.float32:
         counts = {name: count for name, count in counts.items() if name.startswith("workspace")}
         assert sum(c.bytes_written for c in counts.values()) < bytes_of_x / 10
+
+
+def sites() -> list[tuple[str, int]]:
+    """The lines of the kernels on which threads wait for others, or take a ticket."""
+    return [
+        (path.name, number)
+        for path in sorted((ex.ROOT / "csrc" / "cuda").glob("*.cuh"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"__syncthreads\(|__syncwarp\(|__threadfence\(|atomicAdd\(", line)
+    ]
+
+
+@pytest.mark.parametrize("site", sites(), ids=lambda site: f"{site[0]}:{site[1]}")
+def test_no_barrier_can_be_left_out(loaded: ex.Executor, site: tuple[str, int]) -> None:
+    """Catches checks too weak for these kernels: each barrier, fence and ticket is missed."""
+    for schedule, seed, resident in (("random", 2, 2), ("random", 1, 3), ("reversed", 0, 2)):
+        for work in WORK.values():
+            for size, dim in SHAPES.values():
+                loaded.set(schedule, seed, resident)
+                try:
+                    loaded.plant(*site)
+                    work(signal(*size, dtype=torch.float32), dim)
+                except RuntimeError as error:
+                    assert re.search("race|uninitialised|livelock|never written", str(error))  # noqa: PT017
+                    return
+                finally:
+                    loaded.plant()
+    pytest.fail("nobody noticed")
 
 
 #: Values against the oracle: forward and backward, dtypes, layouts, every edge of a tile, states,

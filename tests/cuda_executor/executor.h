@@ -23,6 +23,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace cuda_executor {
 
@@ -39,6 +40,15 @@ struct Options {
 };
 
 Options& options();
+
+// To see that it is missed: the barrier, __syncwarp or fence of this line of a kernel is not there,
+// or an atomicAdd gives the block's index instead. No line: nothing is planted.
+struct Planted {
+  std::string file;
+  int line = 0;
+};
+
+Planted& planted();
 
 struct Launch {
   const char* kernel;

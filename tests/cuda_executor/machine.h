@@ -21,6 +21,8 @@ namespace cuda_executor {
 struct Site {  // a line of a kernel
   const char* file = nullptr;
   int line = 0;
+
+  bool is_planted() const;
 };
 
 enum class State { kReady, kIdle, kAtWarp, kAtBarrier, kDone };
@@ -116,7 +118,7 @@ class Machine {
   void barrier(const Site& site);
   uint64_t meet(Collective kind, unsigned mask, uint64_t value, int lane, int width,
                 const Site& site);
-  void fence();
+  void fence(const Site& site);
   void poll(const void* address, size_t bytes, const void* where);  // before a message is read
   void step_back();  // until the others have had their turn
   void receive(const void* address);
