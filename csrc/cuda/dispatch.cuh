@@ -6,6 +6,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/row_tiles.cuh"
 #include "cuda/split_rows.cuh"
+#include "cuda/sum_terms.cuh"
 
 namespace ema_ext::cuda {
 
@@ -44,6 +45,11 @@ struct Dispatch {
                           cudaStream_t stream) {
     return plan.aligned ? scan_as<true>(scan, plan, workspace, stream)
                         : scan_as<false>(scan, plan, workspace, stream);
+  }
+
+  static cudaError_t sum(const Sum& sum, int64_t chunks, bool along_terms, cudaStream_t stream) {
+    return along_terms ? sum_by<SumAlongTerms<Storage>>(sum, chunks, 1, stream)
+                       : sum_by<SumAlongResults<Storage>>(sum, chunks, kWarp, stream);
   }
 
  private:
@@ -124,9 +130,18 @@ struct Dispatch {
             {(scan.rows + kBlockThreads - 1) / kBlockThreads, stream}, arguments);
     return error;
   }
+
+  template <class Kernel>
+  static cudaError_t sum_by(const Sum& sum, int64_t chunks, int64_t results_per_item,
+                            cudaStream_t stream) {
+    const int64_t items = (sum.kept.elements + results_per_item - 1) / results_per_item * chunks;
+    const int64_t blocks = (items + Kernel::kItems - 1) / Kernel::kItems;
+    return launch<Kernel>({blocks < kSumBlocks ? blocks : kSumBlocks, stream}, {sum, chunks});
+  }
 };
 
 template <class Storage>
-constexpr Kernels kKernelsOf = {Dispatch<Storage>::workspace, Dispatch<Storage>::scan};
+constexpr Kernels kKernelsOf = {Dispatch<Storage>::workspace, Dispatch<Storage>::scan,
+                                Dispatch<Storage>::sum};
 
 }  // namespace ema_ext::cuda

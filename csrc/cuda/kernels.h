@@ -5,6 +5,7 @@
 
 #include "cuda/scan.h"
 #include "cuda/strategy.h"
+#include "sum.h"
 
 namespace ema_ext::cuda {
 
@@ -18,6 +19,8 @@ struct Kernels {
   Workspace (*workspace)(const Scan&, const Plan&);
   // On the stream; the launch's own error.
   cudaError_t (*scan)(const Scan&, const Plan&, void* workspace, cudaStream_t);
+  // The sums of chunks of terms of this dtype, as sum_terms.cuh leaves them.
+  cudaError_t (*sum)(const Sum&, int64_t chunks, bool along_terms, cudaStream_t);
 };
 
 extern const Kernels kKernelsFloat32, kKernelsFloat64, kKernelsFloat16, kKernelsBFloat16;

@@ -47,7 +47,7 @@ struct RowTiles {
       const int64_t index = first + thread() / kTeam;
       const bool there = index < scan.rows, leads = there && thread() % kTeam == 0;
       TeamRow& team = shared.teams[thread() / kTeam].value();
-      if (thread() % kTeam == 0) new (&team) TeamRow(scan, there ? index : scan.rows - 1, true);
+      if (thread() % kTeam == 0) new (&team) TeamRow(scan, there ? index : scan.rows - 1, there);
       sync();
       turn = RowTiles(scan, shared, team, there, turn).scan_tiles();
       sync();

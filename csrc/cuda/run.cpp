@@ -3,11 +3,13 @@
 #include "cuda/run.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/kernels.h"
 #include "cuda/strategy.h"
+#include "cuda/tuning.h"
 
 namespace ema_ext::cuda {
 namespace {
@@ -95,6 +97,16 @@ void run_scan(const Scan& scan, const Device& device, cudaStream_t stream,
   check(kernels.scan(scan, plan, memory, stream), "ema_ext: launching a kernel");
 }
 
+// Whether a warp does better to lie along the terms of a result than along the results.
+bool reads_along_terms(const Sum& sum) {
+  if (sum.kept.elements < 2) return true;
+  if (sum.summed.ndim == 0 || sum.kept.ndim == 0) return false;
+  const int64_t terms = std::abs(sum.summed.from[sum.summed.ndim - 1]);
+  const int64_t results = std::abs(sum.kept.from[sum.kept.ndim - 1]);
+  return sum.kept.elements < kSumColumns ||
+         (terms < results && sum.summed.sizes[sum.summed.ndim - 1] >= kSumColumns);
+}
+
 }  // namespace
 
 void run(Problem& problem, const Device& device, cudaStream_t stream, const Allocate& allocate) {
@@ -103,6 +115,31 @@ void run(Problem& problem, const Device& device, cudaStream_t stream, const Allo
   int64_t outer = 1;
   for (int d = 0; d < problem.ndim - kRowDims; ++d) outer *= problem.sizes[d];
   for (int64_t i = 0; i < outer; ++i) run_scan(scan_of(problem, i), device, stream, allocate);
+}
+
+void sum(const Sum& sum, const Device& device, cudaStream_t stream, const Allocate& allocate) {
+  if (sum.kept.elements == 0) return;
+  const int64_t chunks = std::max<int64_t>(1, (sum.summed.elements + kSumTerms - 1) / kSumTerms);
+  const auto launch = [&](const Sum& part) {
+    check(kernels_for(part.from_dtype).sum(part, chunks, reads_along_terms(part), stream),
+          "ema_ext: launching a sum");
+  };
+  if (chunks == 1) return launch(sum);
+
+  // First to one float64 per chunk, those of a result side by side; then the sum of these.
+  void* const partials = allocate(sum.kept.elements * chunks * 8);
+  Sum part{sum.from, sum.from_dtype, partials, Dtype::kFloat64, {}, sum.summed};
+  Sum rest{partials, Dtype::kFloat64, sum.to, sum.to_dtype, {}, {}};
+  rest.summed.add(chunks, 1, 0);
+  int64_t stride = sum.kept.elements * chunks;
+  for (int d = 0; d < sum.kept.ndim; ++d) {
+    const int64_t size = sum.kept.sizes[d];
+    stride /= size;
+    part.kept.add(size, sum.kept.from[d], stride);
+    rest.kept.add(size, stride, sum.kept.to[d]);
+  }
+  launch(part);
+  cuda::sum(rest, device, stream, allocate);
 }
 
 }  // namespace ema_ext::cuda

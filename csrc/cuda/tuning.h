@@ -54,4 +54,16 @@ constexpr int64_t kLaneBytes = 64;
 // a hundredth of its samples.
 constexpr int64_t kLaneLookBack = 8;
 
+// Terms of a broadcast sum that a warp adds up, 128 to each lane: what it leaves behind is a
+// thousandth of what it reads. The sums of such chunks are summed likewise. Changes results in
+// their last bits.
+constexpr int64_t kSumTerms = 4096;
+
+// With fewer results than this a warp along them would be half empty, as one along a shorter run of
+// terms.
+constexpr int64_t kSumColumns = 16;
+
+// Blocks of a sum at most; each then takes several items.
+constexpr int64_t kSumBlocks = int64_t{1} << 20;
+
 }  // namespace ema_ext::cuda

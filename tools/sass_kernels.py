@@ -1,0 +1,44 @@
+"""Every kernel of the library, and what tools/sass.py holds it to.
+
+`{a,b}` stands for either, so that one line names all instantiations of a template. What is not
+named here fails the gate, and so does a name that the library lacks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+
+@dataclass(frozen=True)
+class Expected:
+    names: str
+    aligned: bool = False  # samples move by 128 bits: held to the bar on instructions per byte
+    moves: tuple[int, int] = (1, 1)  # bytes of samples read to bytes written, if aligned
+    barriers: int = 1  # per trip, at most
+    narrow: int = 0  # accesses below 128 bits in an aligned trip: not samples
+    why: str = ""  # for more than one barrier, for narrow accesses
+
+    def __iter__(self) -> Iterator[str]:
+        parts = re.split(r"\{(.*?)\}", self.names)  # odd ones were in braces
+        choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
+        return ("".join(choice) for choice in product(*choices))
+
+
+STORAGE = "{Native<float>,Native<double>,Float16,BFloat16}"
+
+#: Of a kernel whose trip is one tile, the row's alpha, start and sums go with each.
+SCALARS = "the row's scalars"
+
+KERNELS = [
+    Expected("write_answer"),  # probe.cu
+    Expected(f"RowTiles<{STORAGE}, {{8,32,256}}, true, false>", aligned=True),
+    Expected(f"RowTiles<{STORAGE}, {{8,32,256}}, true, true>", aligned=True, moves=(2, 1)),
+    Expected(f"RowTiles<{STORAGE}, {{8,32,256}}, false, {{false,true}}>"),
+    Expected(f"SplitRows<{STORAGE}, true, false>", aligned=True, narrow=1, why=SCALARS),
+    Expected(f"SplitRows<{STORAGE}, true, true>", aligned=True, moves=(2, 1)),
+    Expected(f"SplitRows<{STORAGE}, false, {{false,true}}>"),
+    Expected(f"SplitSums<{STORAGE}, {{false,true}}>"),
+]
