@@ -159,27 +159,28 @@ def build(name: str, units: list[Unit], link: list[str]) -> Path:
     return library
 
 
-def machine_units(headers: Path, *defines: str) -> list[Unit]:
-    """The executor itself, without kernels."""
-    flags = [*COMMON_FLAGS, *defines, "-isystem", str(headers)]
-    return [
-        Unit(SOURCES / name, flags, [SOURCES])
-        for name in ("machine.cpp", "shadow.cpp", "hooks.cpp", "control.cpp")
-    ]
+def has_boost() -> bool:
+    """Whether Boost.Context can be linked; fiber.h takes glibc's ucontext where it cannot."""
+    name = "libboost_context.so"
+    command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
+    return subprocess.check_output(command, text=True).strip() != name
 
 
-def fiber_library(defines: tuple[str, ...] = ()) -> list[str]:
-    """Boost.Context where its headers are, as fiber.h decides."""
-    boost = Path("/usr/include/boost/context").exists() and not defines
-    return ["-lboost_context"] if boost else []
+def machine(headers: Path, boost: bool) -> tuple[list[Unit], list[str]]:
+    """The executor itself, without kernels, and what it is linked with."""
+    fibers = [] if boost else ["-DEXECUTOR_UCONTEXT"]
+    flags = [*COMMON_FLAGS, *fibers, "-isystem", str(headers)]
+    names = ("machine.cpp", "shadow.cpp", "hooks.cpp", "control.cpp")
+    units = [Unit(SOURCES / name, flags, [SOURCES]) for name in names]
+    return units, ["-lboost_context"] if boost else []
 
 
-def build_examples(headers: Path, *defines: str) -> Path:
+def build_examples(headers: Path, boost: bool | None = None) -> Path:
     """The library of examples.cpp."""
     flags = [*COMMON_FLAGS, *KERNEL_FLAGS, "-isystem", str(headers)]
     examples = Unit(SOURCES / "examples.cpp", flags, [SOURCES / "include", SOURCES])
-    units = [*machine_units(headers, *defines), examples]
-    return build("examples", units, fiber_library(defines))
+    units, link = machine(headers, has_boost() if boost is None else boost)
+    return build("examples", [*units, examples], link)
 
 
 def build_operators(headers: Path) -> Path:
@@ -201,15 +202,16 @@ def build_operators(headers: Path) -> Path:
         for path in sorted((csrc / "cuda").rglob("*"))
         if path.suffix in (".cpp", ".cu") and path.name not in NOT_FOR_THE_EXECUTOR
     ]
+    executor, link = machine(headers, has_boost())
     units = [
-        *machine_units(headers),
+        *executor,
         Unit(SOURCES / "binding.cpp", host, include),
         Unit(csrc / "arguments.cpp", host, include),
         *(Unit(path, kernel, include) for path in kernels),
     ]
     libraries = Path(torch.__file__).parent / "lib"
-    link = [f"-L{libraries}", "-ltorch_cpu", f"-Wl,-rpath,{libraries}", "-Wl,-z,defs"]
-    return build("operators", units, [*link, *fiber_library()])
+    link += [f"-L{libraries}", "-ltorch_cpu", f"-Wl,-rpath,{libraries}", "-Wl,-z,defs"]
+    return build("operators", units, link)
 
 
 @dataclass(frozen=True)

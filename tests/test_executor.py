@@ -101,7 +101,7 @@ def test_schedules(library: ex.Executor) -> None:
 
 def test_both_kinds_of_fibers(library: ex.Executor) -> None:
     """Catches a fallback that is never compiled: glibc's ucontext takes the same turns."""
-    other = ex.Executor(ex.build_examples(ex.needed_headers(), "-DEXECUTOR_UCONTEXT"))
+    other = ex.Executor(ex.build_examples(ex.needed_headers(), boost=False))
     x, traces = noise(5 * TILE), []
     for one in (library, other):
         one.set("random", 3, 3)
