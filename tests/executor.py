@@ -6,6 +6,7 @@ Objects are kept in build/cuda_executor, by what they are made of.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import re
@@ -17,6 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils import cpp_extension
+
+import ema_ext  # noqa: F401 - registers the schemas
 
 ROOT = Path(__file__).parent.parent
 SOURCES = Path(__file__).parent / "cuda_executor"
@@ -25,7 +30,7 @@ BUILD = ROOT / "build" / "cuda_executor"
 SCHEDULES = ("in order", "reversed", "random")
 
 #: Of what runs in a kernel. Volatile accesses are messages, and are told apart; that a function
-#: begins or ends is no access; tests know of signed overflow by their values.
+#: begins or ends is no access.
 KERNEL_FLAGS = [
     *("-include", "intrinsics.h"),  # before the toolkit's own, as nvcc does
     "-fsanitize=thread",
@@ -185,9 +190,6 @@ def build_examples(headers: Path, boost: bool | None = None) -> Path:
 
 def build_operators(headers: Path) -> Path:
     """The library that registers ema_ext_executor."""
-    import torch
-    from torch.utils import cpp_extension
-
     csrc = ROOT / "csrc"
     torch_flags = [
         *("-O1", "-isystem", cpp_extension.include_paths()[0]),
@@ -281,12 +283,9 @@ class Executor:
         return {name: Count(*map(int, numbers)) for name, *numbers in fields}
 
 
+@functools.cache
 def load_operators() -> Executor:
     """Registers torch.ops.ema_ext_executor.*, the project's CUDA kernels on CPU tensors."""
-    import torch
-
-    import ema_ext  # noqa: F401 - registers the schemas
-
     library = torch.library.Library("ema_ext_executor", "DEF")
     for name in operators():
         packet, _, overload = name.partition(".")
@@ -298,16 +297,12 @@ def load_operators() -> Executor:
 
 def operators() -> list[str]:
     """The names of ema_ext's operators, "ema.Tensor" and so on."""
-    import torch
-
     names = torch._C._dispatch_get_all_op_names()
     return sorted(name.removeprefix("ema_ext::") for name in names if name.startswith("ema_ext::"))
 
 
 def take_over() -> Executor:
     """Lets ema_ext's operators on CPU tensors run the CUDA kernels, for the rest of the process."""
-    import torch
-
     loaded = load_operators()
     library = torch.library.Library("ema_ext", "IMPL")
     with warnings.catch_warnings():
