@@ -176,7 +176,7 @@ def machine(headers: Path, boost: bool) -> tuple[list[Unit], list[str]]:
     fibers = [] if boost else ["-DEXECUTOR_UCONTEXT"]
     flags = [*COMMON_FLAGS, *fibers, "-isystem", str(headers)]
     names = ("machine.cpp", "shadow.cpp", "hooks.cpp", "control.cpp")
-    units = [Unit(SOURCES / name, flags, [SOURCES]) for name in names]
+    units = [Unit(SOURCES / name, flags, [SOURCES / "include", SOURCES]) for name in names]
     return units, ["-lboost_context"] if boost else []
 
 
@@ -198,7 +198,8 @@ def build_operators(headers: Path) -> Path:
     ]
     host = [*COMMON_FLAGS, "-isystem", str(headers), *torch_flags]
     kernel = [*COMMON_FLAGS, *KERNEL_FLAGS, "-Wno-unknown-pragmas", "-isystem", str(headers)]
-    include = [SOURCES / "include", SOURCES, csrc]
+    seen = [SOURCES / "include", csrc]
+    include = [*seen, SOURCES]
     kernels = [
         path
         for path in sorted((csrc / "cuda").rglob("*"))
@@ -209,7 +210,7 @@ def build_operators(headers: Path) -> Path:
         *executor,
         Unit(SOURCES / "binding.cpp", host, include),
         Unit(csrc / "arguments.cpp", host, include),
-        *(Unit(path, kernel, include) for path in kernels),
+        *(Unit(path, kernel, seen) for path in kernels),
     ]
     libraries = Path(torch.__file__).parent / "lib"
     link += [f"-L{libraries}", "-ltorch_cpu", f"-Wl,-rpath,{libraries}", "-Wl,-z,defs"]

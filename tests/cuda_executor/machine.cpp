@@ -58,12 +58,12 @@ class Watchdog {
   explicit Watchdog(double seconds) {
     struct sigaction action = {};
     action.sa_handler = give_up;
-    sigaction(SIGALRM, &action, &before_);
+    sigaction(SIGPROF, &action, &before_);
     set(seconds);
   }
   ~Watchdog() {
     set(0);
-    sigaction(SIGALRM, &before_, nullptr);
+    sigaction(SIGPROF, &before_, nullptr);
   }
 
  private:
@@ -71,7 +71,7 @@ class Watchdog {
     itimerval timer = {};
     timer.it_value.tv_sec = static_cast<time_t>(seconds);
     timer.it_value.tv_usec = static_cast<suseconds_t>((seconds - timer.it_value.tv_sec) * 1e6);
-    setitimer(ITIMER_REAL, &timer, nullptr);
+    setitimer(ITIMER_PROF, &timer, nullptr);
   }
   struct sigaction before_;
 };
@@ -148,8 +148,7 @@ void Machine::prepare(const Launch& launch) {
   generator_.seed(options().seed * 1000003 + 1);
   mean_quantum_ = kMeanQuanta[random() % std::size(kMeanQuanta)];
   trace_ = quiet_rounds_ = turns_ = started_ = running_ = 0;
-  deadline_ = std::chrono::steady_clock::now() +
-              std::chrono::microseconds(static_cast<int64_t>(options().seconds * 1e6));
+  deadline_ = std::clock() + static_cast<std::clock_t>(options().seconds * CLOCKS_PER_SEC);
 
   start_order_.resize(launch.blocks);
   for (int64_t i = 0; i < launch.blocks; ++i)
@@ -246,7 +245,7 @@ void Machine::draw_quantum() {
 
 // Null where none can run, and then the failure is set.
 Thread* Machine::next() {
-  if (++turns_ % 1024 == 0 && std::chrono::steady_clock::now() > deadline_) {
+  if (++turns_ % 1024 == 0 && std::clock() > deadline_) {
     set_failure("timeout: " + waiting());
     return nullptr;
   }

@@ -1,8 +1,8 @@
 // The machine that a launch runs on: its blocks, warps and threads, and who runs next.
 #pragma once
 
-#include <chrono>
 #include <cstdint>
+#include <ctime>
 #include <memory>
 #include <random>
 #include <string>
@@ -179,7 +179,7 @@ class Machine {
   const void* failed_at_ = nullptr;
   Site failed_site_;
   std::unordered_map<const void*, KnownPtr> messages_;
-  std::chrono::steady_clock::time_point deadline_;
+  std::clock_t deadline_ = 0;
   int64_t turns_ = 0;
 };
 

@@ -11,9 +11,9 @@
 //   machine.h      blocks, warps, threads; who runs next; barriers, shuffles, votes, messages
 //   clocks.h       what a thread has behind it: the order among accesses
 //   shadow.h       which bytes there are, who touched them, and how often
-//   intrinsics.h   what CUDA's headers lack on the CPU: threadIdx, __shfl_sync, atomicAdd, ...
-//   examples.cpp   a look-back scan, and broken ones that each check must catch
-//   binding.cpp    the project's own kernels as torch operators
+//   include/       what kernels see: launch(), and in intrinsics.h what CUDA's headers lack on the
+//   CPU: threadIdx, __shfl_sync, atomicAdd, ... examples.cpp   a look-back scan, and broken ones
+//   that each check must catch binding.cpp    the project's own kernels as torch operators
 //
 // A kernel that breaks a rule ends with one message: a race, an address that is no element of a
 // tensor or not aligned, memory read before it was written, a barrier or a shuffle that not all
@@ -35,7 +35,7 @@ struct Options {
   uint64_t seed = 0;
   int resident = 8;         // blocks that run at a time; the next starts when one of them ends
   bool checks = true;       // of each access; without them values only, and faster
-  double seconds = 60;      // a launch that takes longer fails
+  double seconds = 60;      // of the CPU: a launch that takes more fails
   int multiprocessors = 4;  // what the strategy is told that the device has
 };
 
