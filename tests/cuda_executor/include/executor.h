@@ -7,13 +7,14 @@
 // calls at each load and store. There a thread may be exchanged for another, and the access is
 // checked. The rest follows from where a thread can wait.
 //
-//   fiber.h        stacks and the switch between them
-//   machine.h      blocks, warps, threads; who runs next; barriers, shuffles, votes, messages
-//   clocks.h       what a thread has behind it: the order among accesses
-//   shadow.h       which bytes there are, who touched them, and how often
-//   include/       what kernels see: launch(), and in intrinsics.h what CUDA's headers lack on the
-//   CPU: threadIdx, __shfl_sync, atomicAdd, ... examples.cpp   a look-back scan, and broken ones
-//   that each check must catch binding.cpp    the project's own kernels as torch operators
+// * include/: what kernels see: this, launch(), and in intrinsics.h what CUDA's headers lack on the
+//   CPU (threadIdx, __shfl_sync, atomicAdd, ...)
+// * fiber.h: stacks and the switch between them
+// * machine.h: blocks, warps, threads; who runs next; barriers, shuffles, votes, messages
+// * clocks.h: what a thread has behind it, the order among accesses
+// * shadow.h: which bytes there are, who touched them, and how often
+// * examples.cpp: a look-back scan, and broken ones that each check must catch
+// * binding.cpp: the project's own kernels as torch operators
 //
 // A kernel that breaks a rule ends with one message: a race, an address that is no element of a
 // tensor or not aligned, memory read before it was written, a barrier or a shuffle that not all
