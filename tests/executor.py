@@ -237,6 +237,7 @@ class Executor:
         self.library = ctypes.CDLL(str(library))
         self.library.executor_error.restype = ctypes.c_char_p
         self.library.executor_counts.restype = ctypes.c_char_p
+        self.library.executor_kernels.restype = ctypes.c_char_p
         self.library.executor_trace.restype = ctypes.c_uint64
 
     def set(
@@ -272,6 +273,10 @@ class Executor:
     def error(self) -> str:
         """What the last run broke."""
         return self.library.executor_error().decode()
+
+    def kernels(self) -> list[str]:
+        """The names of those that the last run launched."""
+        return self.library.executor_kernels().decode().splitlines()
 
     def trace(self) -> int:
         """A hash of who ran when, in the last launch."""

@@ -26,15 +26,25 @@ RUNS = [
     *(("random", seed, resident) for seed, resident in enumerate((1, 2, 3, 8, 64, 2, 3, 8, 64, 1))),
 ]
 
-#: Shapes and dims that between them go to every kernel, on a device of 4 multiprocessors.
+#: Shapes and dims that between them go to every kernel, on a device of 4 multiprocessors, and the
+#: kernel. Time comes in units of 16 bytes; one sample more makes every row end in a tail.
 SHAPES = {
-    "teams of 8": ((65, 21), 1),
-    "teams of 32": ((19, 301), 1),
-    "a block a row": ((9, 1500), 1),
-    "a row over blocks": ((2, 4501), 1),
-    "channels last": ((2, 300, 20), 1),
-    "channels last, long": ((2, 3001, 3), 1),
+    "teams of 8": ((65, 7), -1, r"RowTiles<.*, 8, "),
+    "teams of 32": ((9, 75), -1, r"RowTiles<.*, 32, "),
+    "a block a row": ((9, 400), -1, r"RowTiles<.*, 256, "),
+    "a row over blocks": ((1, 4200), -1, r"SplitRows<"),
+    "channels last": ((2, 25, 37), 1, r"Lanes<"),
+    "channels last, over blocks": ((1, 600, 32), 1, r"Lanes<"),
 }
+
+
+def samples(shape: str, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Samples of this shape, and the dim of time."""
+    size, dim, _ = SHAPES[shape]
+    length = size[dim] * 16 // dtype.itemsize + 1
+    return signal(
+        *(length if n == dim % len(size) else s for n, s in enumerate(size)), dtype=dtype
+    ), dim % len(size)
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +100,9 @@ def test_the_same_bits_under_every_schedule(
     loaded: ex.Executor, work: str, shape: str, dtype: torch.dtype
 ) -> None:
     """Catches a fold of what happens to be ready, and all that the executor's checks are for."""
-    size, dim = SHAPES[shape]
-    x = signal(*size, dtype=dtype)
+    x, dim = samples(shape, dtype)
     expected = None
-    for schedule, seed, resident in RUNS:
+    for schedule, seed, resident in RUNS if dtype == torch.float32 else RUNS[::4]:
         loaded.set(schedule, seed, resident)
         results = [result.view(torch.uint8) for result in WORK[work](x, dim)]
         expected = expected or results
@@ -104,21 +113,18 @@ def test_the_same_bits_under_every_schedule(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_sample_is_moved_once(loaded: ex.Executor, shape: str, dtype: torch.dtype) -> None:
     """2N forward and 3N backward: catches a sample read again, by a tail or by another block."""
-    size, dim = SHAPES[shape]
-    x = signal(*size, dtype=dtype)
+    x, dim = samples(shape, dtype)
     bytes_of_x = x.numel() * x.element_size()
     read = ex.Count(bytes_of_x, 1, 1, 0, 0, bytes_of_x, 0)
     written = ex.Count(bytes_of_x, 0, 0, 1, 1, 0, bytes_of_x)
     loaded.set("random", 1, 3)
     forward(x, dim)
+    assert re.search(SHAPES[shape][2], loaded.kernels()[0])
     counts = loaded.counts()
     assert (counts["x"], counts["y"]) == (read, written)
     backward(x, dim)
     counts = loaded.counts()
     assert (counts["x"], counts["forward_x"], counts["y"]) == (read, read, written)
-    if dtype == torch.float32:
-        counts = {name: count for name, count in counts.items() if name.startswith("workspace")}
-        assert sum(c.bytes_written for c in counts.values()) < bytes_of_x / 10
 
 
 def sites() -> list[tuple[str, int]]:
@@ -140,8 +146,8 @@ def test_no_barrier_can_be_left_out(loaded: ex.Executor, site: tuple[str, int]) 
         for schedule, seed, resident in (("random", 2, 2), ("random", 1, 3), ("reversed", 0, 2)):
             loaded.set(schedule, seed, resident)
             for work in WORK.values():
-                for size, dim in SHAPES.values():
-                    work(signal(*size, dtype=torch.float32), dim)
+                for shape in SHAPES:
+                    work(*samples(shape, torch.float32))
 
 
 #: Values against the oracle: forward and backward, dtypes, layouts, every edge of a tile, states,

@@ -106,6 +106,11 @@ void run(const Launch& launch) {
   machine().run(launch);
 }
 
+std::string& launched() {
+  static std::string& names = *new std::string;
+  return names;
+}
+
 uint64_t trace() { return machine().trace(); }
 
 std::string line_of(const void* where) {
@@ -212,6 +217,7 @@ void Machine::work() {
 
 void Machine::run(const Launch& launch) {
   prepare(launch);
+  launched() += demangled(launch.kernel) + "\n";
   while (running_ > 0 && failure_.empty()) {
     Thread* t = next();
     if (t == nullptr) break;

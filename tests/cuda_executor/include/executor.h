@@ -64,6 +64,9 @@ struct Launch {
 // Returns when all blocks have. Throws std::runtime_error for a kernel that breaks a rule.
 void run(const Launch& launch);
 
+// The names of the kernels that have run, one a line; cleared by whoever asks.
+std::string& launched();
+
 // Which of two runs went another way: a hash of all choices of the last launch.
 uint64_t trace();
 
