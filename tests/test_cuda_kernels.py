@@ -86,9 +86,16 @@ def varying(x: Tensor, dim: int) -> tuple[Tensor, ...]:
     )
 
 
+def sums(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+    """Over each axis, and over all of them."""
+    likes = [x.sum(dim, keepdim=True), x.sum(-1, keepdim=True), x.sum(0), x.sum()]
+    return tuple(torch.ops.ema_ext_executor.sum_to(x, like) for like in likes)
+
+
 WORK: dict[str, Callable[[Tensor, int], tuple[Tensor, ...]]] = {
     "forward": forward,
     "backward": backward,
+    "sums": sums,
     "varying": varying,
 }
 
