@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -180,7 +181,8 @@ def test_loop_without_memory() -> None:
     ex.needed_headers()
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=TESTS,
+        cwd=ex.ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
         capture_output=True,
         text=True,
         timeout=60,
