@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils import cpp_extension
 
 import ema_ext  # noqa: F401 - registers the schemas
 
@@ -192,7 +191,7 @@ def build_operators(headers: Path) -> Path:
     """The library that registers ema_ext_executor."""
     csrc = ROOT / "csrc"
     torch_flags = [
-        *("-O1", "-isystem", cpp_extension.include_paths()[0]),
+        *("-O1", "-isystem", str(Path(torch.__file__).parent / "include")),
         "-DTORCH_TARGET_VERSION=0x020d000000000000",
         "-Wno-missing-field-initializers",
     ]
