@@ -34,7 +34,7 @@ SHAPES = {
     "a block a row": ((9, 400), -1, r"RowTiles<.*, 256, "),
     "a row over blocks": ((1, 4200), -1, r"SplitRows<"),
     "channels last": ((2, 25, 37), 1, r"Lanes<"),
-    "channels last, over blocks": ((1, 600, 32), 1, r"Lanes<"),
+    "channels last, over blocks": ((1, 200, 32), 1, r"Lanes<"),
 }
 
 
