@@ -132,7 +132,9 @@ def test_command(binary: Path, tmp_path: Path) -> None:
 
 
 def test_every_instantiation_is_named_once() -> None:
-    """Catches two entries for one kernel, of which one would be ignored."""
+    """Catches two entries for one kernel, of which one would be ignored, and an unfounded one."""
+    for entry in KERNELS:
+        assert bool(entry.why) == bool(entry.barriers > 1 or entry.narrow or entry.inner)
     names = [name for entry in KERNELS for name in entry]
     assert len(names) == len(set(names))
     assert list(Expected("A<{x,y}, {1,2}>")) == ["A<x, 1>", "A<x, 2>", "A<y, 1>", "A<y, 2>"]
