@@ -167,6 +167,8 @@ def disassembled(cubin: Path, bounds: Mapping[str, Bounds]) -> list[Kernel]:
     kernels = []
     for function in functions:
         symbol = function["function-name"]
+        if symbol not in usage:  # a subroutine, which some disassemblers list apart
+            continue
         code = [
             Instruction(i["opcode"], i.get("operands", ""), i.get("predicate", ""))
             for i in function["sass-instructions"]
