@@ -212,12 +212,28 @@ def test_kernel_without_a_loop() -> None:
     assert (main.trip.instructions, main.trip.doubles, main.trip.bytes) == (6, 2, 32)
 
 
+def test_widths() -> None:
+    """Catches modifiers read as a width, and 64 bits that pass for wide."""
+    accesses = {
+        "LDG.E.128.CONSTANT": 16,
+        "LDG.E.LTC128B.64": 8,
+        "LDG.E.ENL2.256": 32,
+        "STG.E.EF.U16": 2,
+        "ST.E": 4,
+        "LDG.E.64.STRONG.GPU": 0,
+        "LDS.128": 0,
+    }
+    for opcode, size in accesses.items():
+        trip = main_loop(code(opcode, "EXIT")).trip
+        assert (trip.bytes, trip.wide) == (size, size if size >= 16 else 0)
+
+
 def test_converged_warps() -> None:
     """Catches the fall-back of a shuffle among diverged lanes counted as what runs."""
     main = main_loop(
         code(
             LOAD,  # 0x00
-            "BRA.CONV 0x30",  # 0x10: to the shuffle
+            "BRA.CONV ~URZ,0x30",  # 0x10: to the shuffle
             "CALL.REL.NOINC 0x100",  # 0x20
             "SHFL.UP PT,R4,R4,0x1,RZ",  # 0x30
             "BRA.DIV UR4,0x80",  # 0x40: away from it
