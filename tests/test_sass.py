@@ -212,6 +212,13 @@ def test_kernel_without_a_loop() -> None:
     assert (main.trip.instructions, main.trip.doubles, main.trip.bytes) == (6, 2, 32)
 
 
+def test_peeled_trip() -> None:
+    """Catches the first trip, taken out of the loop by the compiler, in place of the loop."""
+    main = main_loop(code(LOAD, STORE, LOAD, "FADD R4,R4,R6", STORE, "@P0 BRA 0x20", "EXIT"))
+    assert main.is_loop
+    assert (main.trip.instructions, main.trip.bytes) == (4, 32)
+
+
 def test_widths() -> None:
     """Catches modifiers read as a width, and 64 bits that pass for wide."""
     accesses = {
