@@ -2,6 +2,7 @@
 
     pip install '.[bench]'
     python benchmarks/bench.py
+    python benchmarks/bench.py --device cuda
 
 Times forward and forward + backward over shapes, dtypes, layouts and threads, and how both grow
 with length and rows; holds the bars of bars.py; measures peak memory. measure.py says how, methods
@@ -27,6 +28,8 @@ import torch
 from bars import BARS, Bar, Entry
 from measure import Contender, Effort, peak_bytes, readable, take_turns
 from methods import (
+    BACK,
+    BACK_LEARN,
     BOTH,
     CLONE,
     CUMSUM,
@@ -41,6 +44,7 @@ from methods import (
     installed_peers,
 )
 
+import ema_ext
 from ema_ext import info
 
 FULL = Effort(rounds=30, sample=2e-3, budget=1.0)
@@ -78,7 +82,21 @@ LENGTHS = [Problem((1, n)) for n in (100, 1000, 10_000, 100_000, 1_000_000, 10_0
 ROWS = [Problem((n, 256)) for n in (1, 10, 100, 1000, 10_000, 100_000)]
 MEMORY = [Problem((1, 1 << 24)), Problem((64, 64, 4096), dim=1)]  # results of 64 MiB
 PEER_ROW = Problem((1, 300_000))
-EVERYWHERE = (OURS.name, CLONE.name, CUMSUM.name)
+#: Out of a GPU's cache, a GiB each: one row, few, many, short ones, and over a dimension not last.
+LARGE = [
+    Problem(shape, dim=dim, dtype=dtype)
+    for shape, dim in (
+        ((1, 1 << 28), -1),
+        ((64, 1 << 22), -1),
+        ((16384, 16384), -1),
+        ((1 << 20, 256), -1),
+        ((16, 65536, 256), 1),
+    )
+    for dtype in ("float32", "bfloat16")
+]
+TENSORS = 8  # of x's size, at the most, that a forward and backward holds
+PEER_BATCH = Problem((1024, 4096))  # which the CUDA peers take as well
+EVERYWHERE = (OURS, CLONE, CUMSUM)
 
 LOAD = os.getloadavg()[0]  # processes that others ran when this began
 BUSY = 0.5
@@ -111,11 +129,12 @@ class Run:
 
 
 def plan(
-    threads: Sequence[int], methods: Sequence[Method], quick: bool
+    threads: Sequence[int], methods: Sequence[Method], quick: bool, device: str = "cpu"
 ) -> dict[Problem, list[Entry]]:
     """Each problem with all its entries: the tables' and the bars'."""
     entries: dict[Problem, dict[Entry, None]] = {}
-    tables = [*SHAPES, *DTYPES, *LAYOUTS]
+    large = LARGE if device == "cuda" else []
+    tables = [*SHAPES, *DTYPES, *LAYOUTS, *large]
     for problem in dict.fromkeys([*tables, *LENGTHS, *ROWS]):
         wanted = entries.setdefault(problem, {})
         for method in methods:
@@ -124,10 +143,12 @@ def plan(
             if quick and method.compiles:
                 continue
             passes = [FORWARD, BOTH, LEARN] if method is OURS else [FORWARD, BOTH]
+            if method is OURS and problem in large:
+                passes += [BACK, BACK_LEARN]
             for which in passes:
                 for count in threads if method.everywhere and problem in tables else [1]:
                     wanted[Entry(method.name, which, count)] = None
-    for bar in BARS:
+    for bar in BARS if device == "cpu" else []:
         for entry in (bar.ours, bar.other):
             if entry.threads in threads:
                 entries.setdefault(bar.problem, {})[entry] = None
@@ -150,7 +171,13 @@ def only_bars(entries: dict[Problem, list[Entry]]) -> dict[Problem, list[Entry]]
 def calls(
     run: Run, problem: Problem, entries: Iterable[Entry], methods: Sequence[Method], limits: Any
 ) -> dict[Entry, Contender]:
-    """The contenders of one problem; what is too slow or too large is noted in run.skipped."""
+    """The contenders of one problem; run.skipped tells what is too slow, too large or fails."""
+    if run.device == "cuda":
+        most = torch.cuda.mem_get_info()[1]
+        if TENSORS * problem.bytes > most:
+            asked = f"needs {TENSORS * problem.bytes / 2**30:.0f} GiB"
+            run.skipped["every method", problem] = f"{asked}, the GPU has {most / 2**30:.0f}"
+            return {}
     x = problem.input(run.device)
     known: dict[str, dict[str, Any]] = {}
     asked = {entry.method for entry in entries}
@@ -158,16 +185,29 @@ def calls(
         if method.name not in asked or not method.takes(problem, run.device):
             continue
         reason = method.reason_to_skip(problem, limits.max_seconds, limits.max_gib)
+        if reason is None:
+            known[method.name], reason = prepared(method, problem, x)
         if reason:
             run.skipped[method.name, problem] = reason
-        else:
-            known[method.name] = method.calls(problem, x)
     threads = run.device == "cpu"
     return {
         entry: Contender(known[entry.method][entry.which], entry.threads if threads else None)
         for entry in entries
         if entry.which in known.get(entry.method, {})
     }
+
+
+def prepared(method: Method, problem: Problem, x: Any) -> tuple[dict[str, Any], str | None]:
+    """A method's calls, or none and the reason why: a peer may not be made for this machine."""
+    if method in EVERYWHERE or method in FORUM:
+        return method.calls(problem, x), None
+    try:
+        passes = method.calls(problem, x)
+        passes[FORWARD]()
+    except Exception as error:
+        first, *_ = str(error).splitlines() or [""]
+        return {}, f"raised {type(error).__name__}: {first}"
+    return passes, None
 
 
 def measure_times(
@@ -230,22 +270,28 @@ def timed(run: Run, problem: Problem, entry: Entry) -> str:
     return f"{readable(min(samples))} (+{median(samples) / min(samples) - 1:.0%})"
 
 
-def against_torch(run: Run, problems: Sequence[Problem], title: str) -> str:
-    """ema_ext's times, and their ratios to torch.clone's and torch.cumsum's."""
+def against_torch(
+    run: Run, problems: Sequence[Problem], title: str, passes: Sequence[str] = (FORWARD, BOTH)
+) -> str:
+    """ema_ext's times, and their ratios to torch.clone's and torch.cumsum's.
+
+    A backward pass alone, which copies do not have, goes by clone's forward.
+    """
     rows = []
     for problem in problems:
         row = [problem.name]
-        for which in (FORWARD, BOTH):
+        for which in passes:
             for threads in run.threads:
                 entry = Entry(OURS.name, which, threads)
-                clone, cumsum = (Entry(m.name, which, threads) for m in (CLONE, CUMSUM))
+                copied = which if which == BOTH else FORWARD
+                clone, cumsum = (Entry(m.name, copied, threads) for m in (CLONE, CUMSUM))
                 row.append(timed(run, problem, entry))
                 row.append(cell(run.ratio(problem, entry, clone)))
                 if which == FORWARD:
                     row.append(cell(run.ratio(problem, cumsum, entry), "{:.1f}"))
         rows.append(row)
     header = [title]
-    for which in (FORWARD, BOTH):
+    for which in passes:
         for threads in run.threads:
             count = f", {threads} threads" if threads > 1 else ""
             header += [which + count, "/ clone"]
@@ -255,7 +301,7 @@ def against_torch(run: Run, problems: Sequence[Problem], title: str) -> str:
 
 
 def peer_table(run: Run, methods: Sequence[Method], problem: Problem) -> str:
-    """Every method on one row, forward, one thread."""
+    """Every method on one problem, forward, one thread."""
     timings = []
     for method in methods:
         least = run.least(problem, Entry(method.name))
@@ -321,7 +367,6 @@ def bar_table(verdicts: Sequence[dict[str, Any]]) -> str:
 
 def memory_table(run: Run, methods: Sequence[Method], problem: Problem) -> str:
     """Peak memory above what was there before the call, in sizes of x."""
-    size = problem.samples * torch.finfo(getattr(torch, problem.dtype)).bits / 8
     rows = []
     for method in methods:
         peaks = [
@@ -329,7 +374,10 @@ def memory_table(run: Run, methods: Sequence[Method], problem: Problem) -> str:
         ]
         if any(peak is not None for peak in peaks):
             rows.append(
-                [method.name, *(cell(None if p is None else p / size, "{:.2f}") for p in peaks)]
+                [
+                    method.name,
+                    *(cell(None if p is None else p / problem.bytes, "{:.2f}") for p in peaks),
+                ]
             )
     return table([f"peak memory, {problem.name}", FORWARD, BOTH, LEARN], rows)
 
@@ -405,12 +453,17 @@ def report(run: Run, methods: Sequence[Method], verdicts: Sequence[dict[str, Any
     """The tables for a reader, in Markdown; those of the summary first."""
     measured = {problem for problem, _ in run.samples}
 
-    def tables(title: str, problems: Sequence[Problem]) -> list[str]:
+    def tables(title: str, problems: Sequence[Problem], *passes: str) -> list[str]:
         there = [problem for problem in problems if problem in measured]
-        return [against_torch(run, there, title)] if there else []
+        return [against_torch(run, there, title, passes or (FORWARD, BOTH))] if there else []
 
+    peers = [PEER_ROW] if run.device == "cpu" else [PEER_ROW, PEER_BATCH]
     sections = {
-        "Summary": [*tables("float32", SHAPES), peer_table(run, methods, PEER_ROW)],
+        "Summary": [
+            *tables("out of cache", LARGE, FORWARD, BACK, BACK_LEARN),
+            *tables("float32", SHAPES),
+            *(peer_table(run, methods, problem) for problem in peers),
+        ],
         "Dtypes and layouts": [*tables("dtype", DTYPES), *tables("layout", LAYOUTS)],
         "Memory": [
             memory_table(run, methods, problem)
@@ -449,11 +502,12 @@ def draw(run: Run, path: Path) -> None:
     )
     palette = plt.get_cmap("tab10").colors
     others = iter(palette[:7] + palette[8:])  # grey is torch.cumsum's
+    thread = ", one thread" if run.device == "cpu" else ""
     colors: dict[str, Any] = dict(COLORS)
     for panel, problems, title, label, axis in views:
         lines: dict[str, list[tuple[int, float]]] = {}
         for (problem, entry), samples in run.samples.items():
-            wanted = axis == "length" or entry.method in EVERYWHERE
+            wanted = axis == "length" or entry.method in {method.name for method in EVERYWHERE}
             if wanted and problem in problems and (entry.which, entry.threads) == (FORWARD, 1):
                 point = getattr(problem, axis), min(samples)
                 lines.setdefault(entry.method, []).append(point)
@@ -469,7 +523,7 @@ def draw(run: Run, path: Path) -> None:
                 markersize=3,
                 label=name,
             )
-        panel.set(xscale="log", yscale="log", title=f"{title}, forward, one thread", xlabel=label)
+        panel.set(xscale="log", yscale="log", title=f"{title}, forward{thread}", xlabel=label)
         panel.grid(visible=True, which="major", color="#dddddd", linewidth=0.7)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("time per call (s)")
@@ -502,19 +556,29 @@ def options_from(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def check_cuda() -> None:
+    """Ends the program where there is nothing to measure."""
+    if not torch.cuda.is_available():
+        sys.exit("--device cuda: torch sees no CUDA device on this machine")
+    try:
+        ema_ext.ema(torch.zeros(1, device="cuda"), 0.5)
+    except RuntimeError as error:
+        sys.exit(f"--device cuda: {error}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = options_from(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("--device cuda: torch sees no CUDA device on this machine")
+    if options.device == "cuda":
+        check_cuda()
     from tqdm import tqdm
 
     if LOAD > BUSY:
         print(f"the machine is busy (load {LOAD:.1f}): expect noise", file=sys.stderr)
     began = time.perf_counter()
-    peers, absent = installed_peers()
+    peers, absent = installed_peers(options.device)
     methods = [OURS, CLONE, CUMSUM, *FORUM, *peers]
     run = Run(options.device, options.threads, absent=absent)
-    entries = plan(run.threads, methods, options.quick)
+    entries = plan(run.threads, methods, options.quick, options.device)
     if options.only_bars:
         entries = only_bars(entries)
 
@@ -534,10 +598,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.json.write_text(json.dumps(as_json(run, verdicts, command), indent=1) + "\n")
 
     facts = machine(options.device)
+    where = facts.get("GPU", f"{facts['processor']}, {facts['CPU level']}")
     print(
-        f"`{command}` on {facts.get('GPU', facts['processor'])}, {facts['CPU level']}, "
-        f"torch {torch.__version__}, alpha 2/{PERIOD + 1}. A time is the least of its samples; in "
-        f"brackets, how far above it their median lies. Where no threads are named, one runs.\n"
+        f"`{command}` on {where}, torch {torch.__version__}, alpha 2/{PERIOD + 1}. A time is the "
+        f"least of its samples; in brackets, how far above it their median lies."
+        + " Where no threads are named, one runs.\n"
+        * (options.device == "cpu")
     )
     print(bar_table(verdicts) if options.only_bars else report(run, methods, verdicts))
     if options.details:

@@ -1,7 +1,8 @@
 """What the benchmark compares: ema_ext, torch's own copies and scans, the forum's versions, peers.
 
 Every method gets the same tensor and computes the same recurrence, but for those whose note says
-otherwise. Peers that are not installed are left out. Those that bring threads of their own get one.
+otherwise. Peers that are not installed are left out; those that bring threads of their own get one.
+The peers of the CPU and those of CUDA are others.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ class Problem:
         return self.samples // self.length
 
     @property
+    def bytes(self) -> int:
+        return self.samples * torch.finfo(getattr(torch, self.dtype)).bits // 8
+
+    @property
     def plain(self) -> bool:
         """Whether the methods other than torch's and ours take it."""
         layout = self.dim == -1 and len(self.shape) == 2 and self.layout == "contiguous"
@@ -106,7 +111,8 @@ class Method:
     note: str = ""
     everywhere: bool = False  # takes every problem, and any number of threads
     one_row: bool = False
-    cpu_only: bool = False
+    lengths: Callable[[int], bool] | None = None  # that it takes
+    device: str | None = None  # the only one that it runs on
     another: bool = False  # computes something else
     compiles: bool = False  # anew for each shape, which takes seconds
     own_memory: bool = False  # keeps freed memory, so that its peak tells nothing
@@ -124,7 +130,9 @@ class Method:
         return f"needs {gib:,.1f} GiB" if gib > max_gib else None
 
     def takes(self, problem: Problem, device: str) -> bool:
-        if self.cpu_only and device != "cpu":
+        if self.device not in (None, device):
+            return False
+        if self.lengths and not self.lengths(problem.length):
             return False
         return self.everywhere or (problem.plain and (problem.rows == 1 or not self.one_row))
 
@@ -244,6 +252,51 @@ def _talib(x: Any) -> Call:
     return lambda: talib.EMA(wide, timeperiod=PERIOD)
 
 
+def _gated(scan: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> dict[str, Call]:
+    """Passes of y[n] = gate[n] * y[n-1] + token[n], handed its gates and tokens."""
+    gates, tokens = torch.full_like(x, 1 - ALPHA), ALPHA * x
+    tokens[..., 0] = x[..., 0]
+    return _torch(lambda tokens: scan(gates, tokens), tokens)
+
+
+def _power_of_two(length: int) -> bool:
+    return 32 <= length <= 65536 and length & (length - 1) == 0
+
+
+def _accelerated_scan(_: Problem, x: Tensor) -> dict[str, Call]:
+    from accelerated_scan.warp import scan  # compiles its kernels
+
+    return _gated(scan, x[None])
+
+
+def _fpscan(_: Problem, x: Tensor) -> dict[str, Call]:
+    from fpscan import pscan
+
+    return _gated(pscan, x[None])
+
+
+def _torchlpc(_: Problem, x: Tensor) -> dict[str, Call]:
+    from torchlpc import linear_recurrence
+
+    return _gated(linear_recurrence, x)
+
+
+def _torchaudio(_: Problem, x: Tensor) -> dict[str, Call]:
+    from torchaudio.functional import lfilter
+
+    a, b = x.new_tensor([1, ALPHA - 1]), x.new_tensor([ALPHA, 0])
+    return _torch(lambda x: lfilter(x, a, b, clamp=False), x)
+
+
+def _cupy(_: Problem, x: Tensor) -> dict[str, Call]:
+    import cupy
+    from cupyx.scipy.signal import lfilter
+
+    there = cupy.asarray(x)  # the same memory
+    a, b = (cupy.asarray(some, there.dtype) for some in ([1, ALPHA - 1], [ALPHA]))
+    return {FORWARD: lambda: torch.as_tensor(lfilter(b, a, there), device=x.device)}
+
+
 OURS = Method("ema_ext", _ema_ext, everywhere=True)
 CLONE = Method(
     "torch.clone",
@@ -291,30 +344,30 @@ PLAIN_LOOP = Method(
     _on_array(lambda x: loops.prepared_ema_float32(x, ALPHA)),
     "float32, one fused multiply-add after the other (loops.cpp), into one result",
     one_row=True,
-    cpu_only=True,
+    device="cpu",
 )
 
 #: The package that a peer needs -> the peer.
 PEERS = {
-    "scipy": Method("scipy lfilter", _on_array(_scipy), "float32", cpu_only=True),
+    "scipy": Method("scipy lfilter", _on_array(_scipy), "float32", device="cpu"),
     "pandas": Method(
-        "pandas ewm", _on_array(_pandas), "in and out of float64", one_row=True, cpu_only=True
+        "pandas ewm", _on_array(_pandas), "in and out of float64", one_row=True, device="cpu"
     ),
     "polars": Method(
         "polars ewm_mean",
         _on_array(_polars),
         "float32",
         one_row=True,
-        cpu_only=True,
+        device="cpu",
         own_memory=True,
     ),
-    "numba": Method("numba loop", _on_array(_numba), "float32", one_row=True, cpu_only=True),
+    "numba": Method("numba loop", _on_array(_numba), "float32", one_row=True, device="cpu"),
     "jax": Method(
         "jax associative_scan",
         _on_array(_jax),
         "float32, jitted",
         one_row=True,
-        cpu_only=True,
+        device="cpu",
         compiles=True,
         own_memory=True,
     ),
@@ -322,26 +375,51 @@ PEERS = {
         "numbagg move_exp_nanmean",
         _on_array(_numbagg),
         "bias-corrected (adjust=True), NaN left out",
-        cpu_only=True,
+        device="cpu",
     ),
     "talib": Method(
         "TA-Lib EMA",
         _on_array(_talib),
         "float64, starts from a simple average",
         one_row=True,
-        cpu_only=True,
+        device="cpu",
     ),
+    "accelerated_scan": Method(
+        "accelerated-scan",
+        _accelerated_scan,
+        "a gate and a token per sample, made beforehand",
+        lengths=_power_of_two,
+        device="cuda",
+    ),
+    "fpscan": Method(
+        "fpscan",
+        _fpscan,
+        "a gate and a token per sample, made beforehand",
+        lengths=_power_of_two,
+        device="cuda",
+    ),
+    "torchlpc": Method(
+        "torchlpc", _torchlpc, "a gate and a token per sample, made beforehand", device="cuda"
+    ),
+    "torchaudio": Method(
+        "torchaudio lfilter", _torchaudio, "starts from zero", device="cuda", seconds_per_step=1e-6
+    ),
+    "cupy": Method("cupyx lfilter", _cupy, "starts from zero", device="cuda", own_memory=True),
 }
 
 
-def installed_peers() -> tuple[list[Method], list[str]]:
-    """The peers that this environment has, and the names of those that it lacks."""
+def installed_peers(device: str = "cpu") -> tuple[list[Method], list[str]]:
+    """The peers of this device that the environment has, and the names of those that it lacks."""
     found, absent = [], []
     for package, peer in PEERS.items():
+        if peer.device != device:
+            continue
         if importlib.util.find_spec(package):
             found.append(peer)
         else:
             absent.append(peer.name)
+    if device != "cpu":
+        return found, absent
     if loops.compiler():
         found.append(PLAIN_LOOP)
     else:

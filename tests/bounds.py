@@ -43,7 +43,7 @@ is sum_n lambda[n] r[n] with r[n] = x[n] - y[n-1].
   |x'| and y' are at most R, and so c^i |r[f]| <= |r| + 2 R. Each is rounded as a kernel's y (base),
   then by one difference, one product and 8 or 16 sums in T (18): (base + 18) u Lambda (|r| + 4 R).
   What earlier tiles got wrong of y reaches later ones with y's own weights: base u Lambda ema(R).
-  Third, all else is float64, by tiles (segment_end.h) as by samples (walk.h, where the gradient is
+  Third, all else is float64, by tiles (alpha_sums.h) as by samples (walk.h, where the gradient is
   summed by parts, sum_n kappa[n] (x[n] - x[n-1]) with kappa the adjoint of lambda): a rounding of
   kappa or of a product of it, 8 in all, costs u64 kappa (|r| + R), a rounding of the running sum
   u64 |sum so far|, which is at most |sum_{m >= n} lambda[m] r[m]| + kappa (|r| + R). kappa may be

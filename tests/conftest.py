@@ -1,12 +1,15 @@
-"""Hypothesis' profiles, and how near the worst error came to the bound the tests hold it to.
+"""Hypothesis' profiles, the backend under test, and how near the worst error came to its bound.
 
 EMA_EXT_PROFILE=long searches at random and for long; otherwise the examples are always the same.
+EMA_EXT_BACKEND=executor runs every test through the CUDA kernels, on the CPU: executor.py, and
+EMA_EXT_EXECUTOR="schedule=random seed=3 resident=8" says how; =cuda runs them on a GPU.
 """
 
 from __future__ import annotations
 
 import os
 
+import backends
 import bounds
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,6 +18,8 @@ COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "pr
 settings.register_profile("ci", derandomize=True, max_examples=60, database=None, **COMMON)
 settings.register_profile("long", max_examples=2000, **COMMON)
 settings.load_profile(os.environ.get("EMA_EXT_PROFILE", "ci"))
+
+backends.choose(os.environ.get("EMA_EXT_BACKEND", "cpu"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

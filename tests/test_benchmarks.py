@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import bounds
@@ -21,12 +21,28 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import accuracy  # noqa: E402
+import bars  # noqa: E402
 import bench  # noqa: E402
 import compare  # noqa: E402
 import loops  # noqa: E402
+import roofline  # noqa: E402
 from bars import BARS, Bar, Entry  # noqa: E402
-from measure import Contender, Effort, take_turns  # noqa: E402
-from methods import ALPHA, BOTH, FORUM, FORWARD, LEARN, Problem, installed_peers  # noqa: E402
+from measure import Contender, Effort, peak_bytes, take_turns  # noqa: E402
+from methods import (  # noqa: E402
+    ALPHA,
+    BACK,
+    BACK_LEARN,
+    BOTH,
+    FORUM,
+    FORWARD,
+    LEARN,
+    PEERS,
+    Problem,
+    difference,
+    installed_peers,
+)
+
+from ema_ext import ema, linear_recurrence  # noqa: E402
 
 ALL = SimpleNamespace(max_seconds=60.0, max_gib=1.0)
 SHORT = Effort(rounds=3, sample=1e-6, budget=600)
@@ -186,6 +202,139 @@ def test_compare_command(steady: dict[str, Any], tmp_path: Path) -> None:
         assert (run.returncode, run.stderr) == (status, "")
 
 
+class FakeGpu:
+    """A clock for the host and one stream of work beside it, in place of torch.cuda."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0  # of the host, in seconds
+        self.done = 0.0  # when the stream will have done all that it was given
+        self.allocated = self.peak = 100
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = max(gpu.now, gpu.done)
+
+            def elapsed_time(self, end: Any) -> float:
+                assert end.at <= gpu.now, "nobody waited for the event"
+                return 1e3 * float(end.at - self.at)
+
+        for name, value in {
+            "Event": Event,
+            "synchronize": self.synchronize,
+            "reset_peak_memory_stats": lambda: setattr(self, "peak", self.allocated),
+            "memory_allocated": lambda: self.allocated,
+            "max_memory_allocated": lambda: self.peak,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def synchronize(self) -> None:
+        self.now = max(self.now, self.done)
+
+    def launch(self, host: float, device: float, scratch: int = 0) -> None:
+        """A call that takes the host so long, and then the device, with memory in between."""
+        self.now += host
+        self.done = max(self.now, self.done) + device
+        self.peak = max(self.peak, self.allocated + scratch)
+
+
+def test_cuda_time_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the time of the launches alone, a timer read too early, and the queue before."""
+    gpu = FakeGpu(monkeypatch)
+    contenders = {
+        "long": Contender(lambda: gpu.launch(host=1e-6, device=1e-3)),
+        "short": Contender(lambda: gpu.launch(host=1e-5, device=1e-7)),
+    }
+    gpu.launch(host=0, device=5)
+    samples = take_turns(contenders, Effort(rounds=4, sample=1e-2, budget=1), "cuda")
+    assert samples["long"] == pytest.approx([1e-3] * 4, rel=0.01)
+    assert samples["short"] == pytest.approx([1e-5] * 4, rel=0.02)  # as fast as it can be launched
+    assert torch.get_num_threads() >= 1
+
+
+def test_cuda_memory_is_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a peak of an earlier call, and what was there before counted as well."""
+    gpu = FakeGpu(monkeypatch)
+    gpu.launch(0, 0, scratch=1000)
+    assert peak_bytes(lambda: gpu.launch(0, 0, scratch=30), "cuda") == 30
+
+
+def test_cuda_plan() -> None:
+    """Catches problems or passes of the GPU's tables that are not measured, and bars of the CPU."""
+    some = [bench.OURS, bench.CLONE, bench.CUMSUM]
+    entries = bench.plan([1], some, quick=True, device="cuda")
+    for problem in bench.LARGE:
+        passes = {entry.which for entry in entries[problem] if entry.method == "ema_ext"}
+        assert passes == {FORWARD, BOTH, LEARN, BACK, BACK_LEARN}
+    assert bars.IN_CACHE not in entries
+    assert all(entry.threads == 1 for some in entries.values() for entry in some)
+
+
+class Module(ModuleType):
+    """A package that is not installed here, with these functions."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
+        super().__init__(name)
+        self.__dict__.update(functions)
+        monkeypatch.setitem(sys.modules, name, self)
+
+
+def test_cuda_peers_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches gates and tokens exchanged or the coefficients of a filter: by stand-ins that take
+    the packages' arguments and compute on the CPU."""
+
+    def gated(gates: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        assert gates.shape == tokens.shape
+        assert gates.is_contiguous()
+        assert tokens.is_contiguous()
+        return linear_recurrence(gates, tokens)
+
+    def filtered(b: Any, a: Any, x: Any) -> Any:
+        y, state = np.empty_like(x), np.zeros(len(x))
+        for n in range(x.shape[1]):
+            y[:, n] = state = b[0] * x[:, n] - a[1] * state
+        return y
+
+    def audio(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, clamp: bool) -> torch.Tensor:
+        assert not clamp
+        return torch.from_numpy(filtered(b.numpy(), a.numpy(), x.detach().numpy()))
+
+    for name in ("accelerated_scan", "cupyx", "cupyx.scipy", "torchaudio"):
+        Module(monkeypatch, name)
+    Module(monkeypatch, "accelerated_scan.warp", scan=gated)
+    Module(monkeypatch, "fpscan", pscan=gated)
+    Module(monkeypatch, "torchlpc", linear_recurrence=gated)
+    Module(monkeypatch, "torchaudio.functional", lfilter=audio)
+    Module(monkeypatch, "cupy", asarray=np.asarray)
+    Module(monkeypatch, "cupyx.scipy.signal", lfilter=filtered)
+
+    problem = Problem((3, 1024))
+    x = problem.input("cpu")
+    peers = [peer for peer in PEERS.values() if peer.device == "cuda"]
+    assert len(peers) == 5
+    for peer in peers:
+        assert peer.takes(problem, "cuda")
+        assert not peer.takes(problem, "cpu")
+        y: Any = peer.calls(problem, x)[FORWARD]()
+        assert difference(y.detach(), ema(x, ALPHA)) < 1e-5  # roundings of 1024 steps in float32
+
+
+def test_failing_peer_is_left_out() -> None:
+    """Catches one peer that was built for another machine and takes the whole run along."""
+
+    def fail() -> None:
+        raise RuntimeError("no kernel image\nis available")
+
+    peer = bench.Method("peer", lambda *_: {FORWARD: fail})
+    run = bench.Run("cpu", [1], absent=[])
+    found = bench.calls(run, TINY[0], [Entry("peer"), Entry("ema_ext")], [peer, bench.OURS], ALL)
+    assert list(found) == [Entry("ema_ext")]
+    assert "raised RuntimeError: no kernel image" in bench.left_out(run)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what it says is not so here")
 def test_no_gpu_is_one_sentence() -> None:
     """Catches a traceback, or a benchmark of the CPU, where a GPU was asked for."""
@@ -193,6 +342,60 @@ def test_no_gpu_is_one_sentence() -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 1
     assert run.stderr == "--device cuda: torch sees no CUDA device on this machine\n"
+
+
+def test_roofline_meets_what_it_is_calibrated_on() -> None:
+    """Catches units, and a constant that was changed without a look at the published points."""
+    h100 = next(gpu for gpu in roofline.GPUS if gpu.arch == "9.0")
+    forward = roofline.PASSES[0]
+    cub = roofline.Kernel(per_byte=36 / 8, tile=1 << 40)  # no anchors
+    row = roofline.Shape(1, 1 << 20)
+    ours = roofline.seconds(h100, forward, cub, row, 4)
+    assert ours - roofline.LAUNCH == pytest.approx(14e-6, rel=0.05)  # CUB launches one less
+    row = roofline.Shape(1, 1 << 32)
+    for sample, measured in ((4, 0.78), (2, 0.43)):
+        cub = roofline.Kernel(per_byte=36 / 2 / sample, tile=1 << 40)
+        time = roofline.seconds(h100, forward, cub, row, sample)
+        reached = 2 * sample * row.length / time / h100.bandwidth
+        assert reached == pytest.approx(measured, rel=0.1)
+
+
+def test_roofline_knows_every_limit() -> None:
+    """Catches a limit that no kernel is ever held to, and a share of more than a copy."""
+    t4, h100 = roofline.GPUS[0], roofline.GPUS[2]
+    forward, long = roofline.PASSES[0], roofline.Shape(1, 1 << 28)
+
+    def share(gpu: Any, **counts: Any) -> float:
+        return roofline.share(gpu, forward, roofline.Kernel(**counts), long, 4)
+
+    assert 0.98 < share(h100, per_byte=2.5) < 1
+    assert share(h100, per_byte=25) == pytest.approx(0.16, abs=0.01)  # 8.9 * 0.4 of 25, to 0.9
+    assert share(h100, per_byte=2.5, tile=1024) == pytest.approx(0.17, abs=0.01)  # anchors
+    assert share(h100, per_byte=2.5, doubles=1) > 0.98
+    assert share(t4, per_byte=2.5, doubles=1) == pytest.approx(0.44, abs=0.01)
+
+
+def test_roofline_command(tmp_path: Path) -> None:
+    """Catches counts of another kernel or architecture, and a table that misses the docs."""
+    names = (
+        "SplitRows<Tiling<Native<float>, 256, true, {}>>",
+        "RowTiles<Tiling<Native<float>, 32, true, {}>>",
+    )
+    rows = [
+        {"kernel": name.format(gradient), "arch": gpu.arch, "read": 64, "written": 64}
+        | {"threads": 256, "doubles": 0, "per_byte": 2.5 if gpu.arch == "9.0" else 1000.0}
+        for name in names
+        for gradient in ("true", "false")
+        for gpu in roofline.GPUS
+    ]
+    gate, document = tmp_path / "sass.json", tmp_path / "cuda.md"
+    gate.write_text(json.dumps(rows))
+    document.write_text("<!-- roofline: begin -->\n<!-- roofline: end -->\n")
+    roofline.main(["--gate", str(gate), "--write", str(document)])
+    lines = [line for line in document.read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == len(roofline.GPUS) * len(roofline.PASSES)
+    fast = [line for line in lines if line.endswith(("99% |", "100% |"))]
+    assert [line.split(" | ")[0] for line in fast] == ["| H100 SXM"] * 2
 
 
 @pytest.mark.parametrize("alpha", [1e-5, 0.1, 1.0])

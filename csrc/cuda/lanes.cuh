@@ -1,0 +1,459 @@
+// Rows that lie side by side in memory, as in (batch, time, channels) scanned over time:
+// neighbouring threads take neighbouring rows, 16 bytes of them each, and nothing is transposed.
+//
+// A block takes `columns` threads across and kThreads / columns slots along time, kSteps samples
+// each: together a tile. It goes from tile to tile with the state of each row in shared memory; or,
+// where there are few rows, each tile is a block of its own, with messages and tickets as in
+// split_rows.cuh.
+#pragma once
+
+#include "cuda/messages.cuh"
+#include "cuda/tile.cuh"
+#include "cuda/walk.cuh"
+
+namespace ema_ext::cuda {
+
+// The first tile whose message tile `tile` folds, an anchor.
+__device__ inline int64_t lane_anchor_before(int64_t tile) {
+  return (tile - 1) / kLaneLookBack * kLaneLookBack;
+}
+
+// One row of a block: the powers of its coefficient and what goes from tile to tile.
+template <class Storage, int kSteps>
+struct Lane {
+  using Acc = typename Storage::Acc;
+  static constexpr int kG = 4;  // samples that are scanned by c itself
+
+  Acc in, to_lambda, alpha;
+  Acc powers[kG + 1];   // c^i
+  double slot_decay;    // c^kSteps
+  Power<Acc> slots[3];  // over kSteps 2^i samples
+  Power<Acc> warp;      // over the slots of a warp
+  Power<Acc> tile;      // over a tile
+  double added_first;
+  State<Acc> states[2];  // before the tile, by the tile's parity
+  double last;           // s, after the last sample
+
+  __device__ Lane(const Row<Storage>& row, int slots_per_warp)
+      : in(static_cast<Acc>(row.in)),
+        to_lambda(static_cast<Acc>(row.to_lambda)),
+        alpha(static_cast<Acc>(row.decay.complement())),
+        slot_decay(row.decay.power(kSteps)),
+        slots{row.decay.over(kSteps), row.decay.over(2 * kSteps), row.decay.over(4 * kSteps)},
+        warp(row.decay.over(kSteps * slots_per_warp)),
+        tile(row.decay.over(kSteps * slots_per_warp * kBlockWarps)),
+        added_first(row.added_first),
+        last(row.start) {
+#pragma unroll 1
+    for (int i = 0; i <= kG; ++i) powers[i] = static_cast<Acc>(row.decay.power(i));
+    states[0] = states[1] = {row.start, 0};  // the second for columns that are not there
+  }
+
+  // s[i] from zero, of a thread's samples; returns the last.
+  __device__ __forceinline__ Acc scan_groups(const Acc* x, bool starts, bool copies, Acc* s) const {
+    Acc aggregate = 0;
+#pragma unroll
+    for (int g = 0; g < kSteps; g += kG) {
+      s[g] = in * x[g];
+      if (g == 0 && starts) s[0] = copies ? x[0] : s[0] + static_cast<Acc>(added_first);
+#pragma unroll
+      for (int i = 1; i < kG; ++i) s[g + i] = fma(powers[1], s[g + i - 1], in * x[g + i]);
+      aggregate = fma(powers[kG], aggregate, s[g + kG - 1]);
+    }
+    return aggregate;
+  }
+  // As tile.cuh's.
+  __device__ __forceinline__ void add_state(Acc state, Acc* s) const {
+    Acc from_zero = 0;
+#pragma unroll
+    for (int g = 0; g < kSteps; g += kG) {
+      const Acc before = g == 0 ? state : fma(powers[kG], state, from_zero);
+      from_zero = s[g + kG - 1];
+#pragma unroll
+      for (int i = 0; i < kG; ++i) s[g + i] = fma(powers[i + 1], before, s[g + i]);
+    }
+  }
+  static_assert(kSteps <= 2 * kG);
+
+  // As tile.cuh's, of the first `count` samples, which are one or more.
+  __device__ __forceinline__ AlphaSums alpha_sums(const Acc* x, const Acc* s, int count) const {
+    AlphaSums sums;
+    Acc reference = x[0], weight = 0, aggregate = 0;
+#pragma unroll
+    for (int i = 1; i < kSteps; ++i)
+      if (i < count) reference = x[i];
+#pragma unroll
+    for (int i = kSteps - 1; i >= 0; --i) {
+      if (i >= count) continue;
+      const Acc innovation = x[i] - reference - aggregate;
+      sums.share += s[i] * innovation;
+      aggregate = fma(alpha, innovation, aggregate);
+    }
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (i >= count) continue;
+      weight = fma(powers[1], weight, s[i]);
+      sums.decay *= powers[1];
+    }
+    if (count == kSteps) sums.decay = slot_decay;
+    sums.reference = reference;
+    sums.weight = weight;
+    sums.aggregate = aggregate;
+    return sums;
+  }
+};
+
+template <class Storage, bool kVector, bool kGradient>
+struct Lanes {
+  using Sample = typename Storage::Sample;
+  using Acc = typename Storage::Acc;
+  static constexpr int kThreads = kBlockThreads;
+  static constexpr int kMinBlocks = kBlocksPerMultiprocessor;
+  static constexpr int kW = kVector ? Chunk<Storage>::kSamples : 1;  // rows of a thread
+  static constexpr int kSteps = lane_steps(sizeof(Sample), kGradient);
+  static constexpr int kMostLanes = lanes_per_block(kW, kGradient);
+
+  struct Arguments {
+    Scan scan;                   // the last axis is that along which rows touch
+    int columns;                 // a power of two, from 4 to kMostLanes / kW
+    bool split;                  // a tile per block
+    int64_t tiles;               // per row
+    unsigned long long* ticket;  // 0 before; of a split scan, as the two below
+    Message* messages;           // (group * tiles + tile) * lanes + lane; 0 before
+    AlphaSums* sums;             // the same; for LaneSums
+  };
+  struct Shared {
+    Uninitialized<Lane<Storage, kSteps>> lanes[kMostLanes];
+    double aggregates[2][kBlockWarps][kMostLanes];
+    Uninitialized<AlphaSums> warps[kGradient ? kBlockWarps : 1][kGradient ? kMostLanes : 1];
+    Uninitialized<AlphaSums> sums[kGradient ? kMostLanes : 1];
+    int64_t ticket;
+    bool unfit;  // whether a row must be walked
+  };
+
+  static __device__ void run(const Arguments& arguments, Shared& shared) {
+    if (thread() == 0) shared.unfit = false;
+    if (thread() == 0)
+      shared.ticket = arguments.split ? static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull))
+                                      : static_cast<int64_t>(blockIdx.x) * arguments.tiles;
+    __syncthreads();
+    const int64_t ticket = shared.ticket;
+    Lanes(arguments, shared, ticket / arguments.tiles, ticket % arguments.tiles).scan();
+  }
+
+ private:
+  // The rows of a group, and this thread's place among them.
+  __device__ Lanes(const Arguments& arguments, Shared& shared, int64_t group, int64_t first_tile)
+      : arguments_(arguments),
+        shared_(shared),
+        group_(group),
+        first_tile_(first_tile),
+        column_(thread() % arguments.columns),
+        slot_(thread() / arguments.columns),
+        slots_per_warp_(kWarp / arguments.columns) {
+    const Scan& scan = arguments.scan;
+    const int64_t width = scan.sizes[scan.ndim - 1], lanes = arguments.columns * kW;
+    const int64_t per_width = (width + lanes - 1) / lanes;
+    const int64_t first = group % per_width * lanes;
+    row_ = group / per_width * width + first;
+    count_ = static_cast<int>(width - first < lanes ? width - first : lanes);
+  }
+
+  __device__ int lanes() const { return arguments_.columns * kW; }
+  __device__ int tile_steps() const { return kSteps * kThreads / arguments_.columns; }
+  __device__ __forceinline__ Lane<Storage, kSteps>& lane(int w) const {
+    return shared_.lanes[column_ * kW + w].value();
+  }
+  // Of this block's rows, the one that thread `i` looks after.
+  __device__ RowOffsets own_row() const { return RowOffsets(arguments_.scan, row_ + thread()); }
+  __device__ bool owns_row() const { return thread() < count_; }
+
+  __device__ void scan() {
+    const Scan& scan = arguments_.scan;
+    if (thread() < lanes()) {
+      const RowOffsets at(scan, row_ + min(thread(), count_ - 1));
+      const Row<Storage> row(scan, at);
+      if (!row.scans()) shared_.unfit = true;
+      new (&shared_.lanes[thread()].value()) Lane<Storage, kSteps>(row, slots_per_warp_);
+      if constexpr (kGradient) new (&shared_.sums[thread()].value()) AlphaSums;
+    }
+    __syncthreads();
+    if (shared_.unfit) return walk();
+    const int64_t end = arguments_.split ? first_tile_ + 1 : arguments_.tiles;
+    place();
+#pragma unroll 1
+    for (int64_t tile = first_tile_; tile < end; ++tile) scan_tile(tile);
+    __syncthreads();
+    if (owns_row()) finish(end == arguments_.tiles);
+  }
+
+  // All rows sample by sample, where the coefficient of one asks for it.
+  __device__ void walk() {
+    if (first_tile_ > 0 || !owns_row()) return;
+    const Scan& scan = arguments_.scan;
+    const RowOffsets at = own_row();
+    const Row<Storage> row(scan, at);
+    Walk<Storage, kGradient> walk{row.start, {}};
+    walk.over(row, scan, 0, scan.length);
+    row.write_state(scan, at, walk.state);
+    row.write_gradient(scan, at, walk.sums);
+  }
+
+  __device__ void finish(bool ends) {
+    const Scan& scan = arguments_.scan;
+    if (kGradient && arguments_.split)
+      arguments_.sums[shared_.ticket * lanes() + thread()] = shared_.sums[thread()].value();
+    if (!ends) return;
+    const RowOffsets at = own_row();
+    const Row<Storage> row(scan, at);
+    row.write_state(scan, at, shared_.lanes[thread()].value().last);
+    if (kGradient && !arguments_.split)
+      row.write_gradient(scan, at, shared_.sums[thread()].value());
+  }
+
+  struct Samples {
+    Sample of[kSteps][kW];
+  };
+
+  // This thread's first row.
+  __device__ void place() {
+    const RowOffsets at(arguments_.scan, row_);
+    x_ = at.x + column_ * kW;
+    y_ = at.y + column_ * kW;
+    forward_x_ = at.forward_x + column_ * kW;
+  }
+
+  __device__ __forceinline__ void load(const View& view, int64_t offset, int64_t n, int mine,
+                                       Samples& to) const {
+    const Sample* from = static_cast<const Sample*>(view.data) + offset + n * view.time_stride;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if constexpr (kVector) {
+        const uint4 chunk = i < mine ? *reinterpret_cast<const uint4*>(from + i * view.time_stride)
+                                     : uint4{0, 0, 0, 0};
+        memcpy(static_cast<void*>(to.of[i]), &chunk, sizeof chunk);
+      } else {
+        to.of[i][0] = i < mine ? from[i * view.time_stride] : Storage::put(0);
+      }
+    }
+  }
+  __device__ __forceinline__ void store(const Samples& from, int64_t n, int mine) const {
+    const View& view = arguments_.scan.y;
+    Sample* const to = static_cast<Sample*>(view.data) + y_ + n * view.time_stride;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (i >= mine) continue;
+      if constexpr (kVector) {
+        uint4 chunk;
+        memcpy(&chunk, from.of[i], sizeof chunk);
+        *reinterpret_cast<uint4*>(to + i * view.time_stride) = chunk;
+      } else {
+        to[i * view.time_stride] = from.of[i][0];
+      }
+    }
+  }
+  static __device__ __forceinline__ void unpack(const Samples& samples, int w, Acc* to) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) to[i] = Storage::get(samples.of[i][w]);
+  }
+
+  __device__ __forceinline__ void scan_tile(int64_t tile) {
+    const Scan& scan = arguments_.scan;
+    const int64_t n = tile * tile_steps() + slot_ * kSteps, left = scan.length - n;
+    const bool column_there = column_ * kW < count_;
+    const int mine = !column_there || left <= 0 ? 0
+                     : left < kSteps            ? static_cast<int>(left)
+                                                : kSteps;
+    const bool starts = n == 0,
+               copies = starts && scan.op == Op::kEma && scan.start.data == nullptr;
+    const int parity = static_cast<int>(tile & 1), warp = thread() / kWarp;
+
+    Samples x, forward_x;
+    load(scan.x, x_, n, mine, x);
+    Acc before[kW];  // from zero, of the slots before this one in the warp
+#pragma unroll
+    for (int w = 0; w < kW; ++w)
+      before[w] = static_cast<Acc>(scan_warp(x, w, starts, copies, parity));
+    __syncthreads();
+    if constexpr (kGradient) load(scan.forward_x, forward_x_, n, mine, forward_x);
+    if (arguments_.split) look_back(tile, parity);
+
+#pragma unroll
+    for (int w = 0; w < kW; ++w) {
+      Lane<Storage, kSteps>& k = lane(w);
+      const double state = state_of_warp(w, warp, parity);
+      Acc samples[kSteps], s[kSteps];
+      unpack(x, w, samples);
+      k.scan_groups(samples, starts, copies, s);
+      k.add_state(static_cast<Acc>(over_slots(k, before[w], state)), s);
+      if (copies) s[0] = samples[0];
+      if (mine > 0 && left <= kSteps) k.last = last_of(s, mine);
+      if constexpr (kGradient) {
+        unpack(forward_x, w, samples);
+        join(k.alpha_sums(samples, s, mine), mine > 0, w);
+      }
+      const bool to_lambda = scan.op == Op::kEmaBackward && !scan.has_initial_state;
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i)
+        x.of[i][w] = Storage::put(to_lambda && i + 1 == left ? s[i] * k.to_lambda : s[i]);
+    }
+    store(x, n, mine);
+    if constexpr (kGradient) {
+      __syncthreads();
+      fold(scan.length - tile * tile_steps());
+    }
+  }
+
+  static __device__ __forceinline__ Acc last_of(const Acc* s, int count) {
+    Acc last = s[0];
+#pragma unroll
+    for (int i = 1; i < kSteps; ++i)
+      if (i < count) last = s[i];
+    return last;
+  }
+
+  // The state before this slot and after the warp, from zero before the warp.
+  __device__ __forceinline__ double scan_warp(const Samples& x, int w, bool starts, bool copies,
+                                              int parity) {
+    const Lane<Storage, kSteps>& k = lane(w);
+    const int columns = arguments_.columns;
+    Acc samples[kSteps], s[kSteps];
+    unpack(x, w, samples);
+    double aggregate = k.scan_groups(samples, starts, copies, s);
+    const Power<Acc>* power = k.slots;
+#pragma unroll 1
+    for (int by = columns; by < kWarp; by *= 2, ++power) {
+      const double from = __shfl_up_sync(kAllLanes, aggregate, by);
+      if (thread() % kWarp >= by) aggregate = power->join(aggregate, from);
+    }
+    const double before = __shfl_up_sync(kAllLanes, aggregate, columns);
+    if (thread() % kWarp >= kWarp - columns)
+      shared_.aggregates[parity][thread() / kWarp][column_ * kW + w] = aggregate;
+    return thread() % kWarp < columns ? 0 : before;
+  }
+
+  // The state before this slot, from that before the warp and `before`, which is from zero.
+  __device__ __forceinline__ double over_slots(const Lane<Storage, kSteps>& k, double before,
+                                               double state) const {
+    const int slots = slot_ % slots_per_warp_;
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+      if ((slots >> i & 1) != 0) state = k.slots[i].join(0, state);
+    return before + state;
+  }
+
+  // The state before this warp's slots; the first warp keeps that after the tile.
+  __device__ __forceinline__ double state_of_warp(int w, int warp, int parity) {
+    Lane<Storage, kSteps>& k = lane(w);
+    const State<Acc>& from = k.states[parity];
+    double state = from.value;
+#pragma unroll 1
+    for (int i = 0; i < warp; ++i)
+      state = k.warp.join(shared_.aggregates[parity][i][column_ * kW + w], state);
+    if (slot_ == 0) {
+      State<Acc> after = from;
+      after.advance(aggregate_of_tile(column_ * kW + w, parity), k.tile);
+      k.states[parity ^ 1] = after;
+    }
+    return state;
+  }
+
+  __device__ __forceinline__ double aggregate_of_tile(int lane, int parity) const {
+    const Lane<Storage, kSteps>& k = shared_.lanes[lane].value();
+    double aggregate = 0;
+#pragma unroll 1
+    for (int i = 0; i < kBlockWarps; ++i)
+      aggregate = k.warp.join(shared_.aggregates[parity][i][lane], aggregate);
+    return aggregate;
+  }
+
+  // Of a split scan: the state before the tile, of each row by one thread.
+  __device__ __forceinline__ void look_back(int64_t tile, int parity) {
+    const int own = thread();
+    if (own < count_) {
+      Lane<Storage, kSteps>& k = shared_.lanes[own].value();
+      Message* const messages = arguments_.messages + (shared_.ticket - tile) * lanes() + own;
+      const bool anchor = tile % kLaneLookBack == 0, ends = tile + 1 == arguments_.tiles;
+      const double aggregate = ends ? 0 : aggregate_of_tile(own, parity);
+      if (!anchor && !ends) send(messages[tile * lanes()], aggregate);
+      if (tile > 0) {
+        double state = 0;
+#pragma unroll 1
+        for (int64_t t = lane_anchor_before(tile); t < tile; ++t)
+          state = k.tile.join(receive(messages[t * lanes()]), state);
+        k.states[parity] = {state, 0};
+      }
+      if (anchor && !ends)
+        send(messages[tile * lanes()], k.tile.join(aggregate, k.states[parity].value));
+    }
+    __syncthreads();
+  }
+
+  // The sums of this thread's samples with those of its warp, to the warp's first slot.
+  __device__ __forceinline__ void join(AlphaSums sums, bool there, int w) {
+    const int columns = arguments_.columns;
+#pragma unroll 1
+    for (int by = columns; by < kWarp; by *= 2) {
+      const AlphaSums past = shuffle_down(sums, by, kWarp);
+      const bool past_there = __shfl_down_sync(kAllLanes, static_cast<int>(there), by) != 0;
+      if (past_there && thread() % kWarp + by < kWarp) sums.prepend(past);
+    }
+    if (thread() % kWarp < columns)
+      shared_.warps[thread() / kWarp][column_ * kW + w].value() = sums;
+  }
+  // Those of the tile, which has `steps` samples, to the row's.
+  __device__ __forceinline__ void fold(int64_t steps) {
+    if (!owns_row()) return;
+    AlphaSums& sums = shared_.sums[thread()].value();
+    const bool fresh = arguments_.split;
+#pragma unroll 1
+    for (int w = 0; w < kBlockWarps && w * slots_per_warp_ * kSteps < steps; ++w) {
+      if (w == 0 && fresh)
+        sums = shared_.warps[w][thread()].value();
+      else
+        sums.prepend(shared_.warps[w][thread()].value());
+    }
+  }
+
+  const Arguments& arguments_;
+  Shared& shared_;
+  const int64_t group_, first_tile_;
+  const int column_, slot_, slots_per_warp_;
+  int64_t row_;
+  int count_;  // rows that there are
+  int64_t x_, y_, forward_x_;
+};
+
+// The gradient to alpha of a split scan, from the sums of its tiles: a thread per row.
+template <class Storage, bool kVector>
+struct LaneSums {
+  static constexpr int kThreads = kBlockThreads;
+  static constexpr int kMinBlocks = 1;
+  using Split = Lanes<Storage, kVector, true>;
+  using Arguments = typename Split::Arguments;
+  struct Shared {};
+
+  static __device__ void run(const Arguments& arguments, Shared&) {
+    const Scan& scan = arguments.scan;
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + thread();
+    if (index >= scan.rows) return;
+    const RowOffsets at(scan, index);
+    const Row<Storage> row(scan, at);
+    const int64_t width = scan.sizes[scan.ndim - 1], lanes = arguments.columns * Split::kW;
+    const int64_t per_width = (width + lanes - 1) / lanes, outer = index / width;
+    const int64_t group = outer * per_width + index % width / lanes;
+    // Rows that share a block with an unfit one were walked, to the end.
+    for (int64_t i = 0; i < lanes && index % width / lanes * lanes + i < width; ++i) {
+      const int64_t other = outer * width + index % width / lanes * lanes + i;
+      if (!Row<Storage>(scan, RowOffsets(scan, other)).scans()) return;
+    }
+    const AlphaSums* from =
+        arguments.sums + group * arguments.tiles * lanes + index % width % lanes;
+    AlphaSums sums = *from;
+#pragma unroll 1
+    for (int64_t t = 1; t < arguments.tiles; ++t) sums.prepend(from[t * lanes]);
+    row.write_gradient(scan, at, sums);
+  }
+};
+
+}  // namespace ema_ext::cuda

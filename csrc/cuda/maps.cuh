@@ -1,0 +1,110 @@
+// The scan of maps y -> ratio * y + drive by the threads that share a row, each of which has the
+// map of its own samples. Maps compose: (r2, d2) after (r1, d1) is (r2 r1, r2 d1 + d2).
+#pragma once
+
+#include "cuda/stage.cuh"
+
+namespace ema_ext::cuda {
+
+struct Map {
+  double ratio = 1;
+  double drive = -0.0;  // so that a map of no samples leaves -0 as it is
+
+  __device__ __forceinline__ double operator()(double y) const { return ratio * y + drive; }
+  __device__ __forceinline__ Map after(const Map& first) const {
+    return {ratio * first.ratio, ratio * first.drive + drive};
+  }
+};
+
+// Teams of kLanes neighbouring threads, times the kWarps of a block; kRows teams share the latter,
+// side by side. With kWarps > 1 all threads of the block must call.
+template <int kLanes, int kWarps, int kRows>
+class MapScan {
+ public:
+  struct Shared {
+    Map maps[2][kWarps > 1 ? kWarps : 1][kRows];
+  };
+  struct Ends {
+    double before;  // the thread's first sample
+    double after;   // the team's last one
+  };
+
+  __device__ explicit MapScan(Shared& shared) : shared_(shared) {}
+
+  // Takes each thread's map: one barrier. What is shared lasts until the next call but one.
+  __device__ __forceinline__ void take(Map map) {
+#pragma unroll
+    for (int by = 1; by < kLanes; by *= 2) {
+      const Map first{__shfl_up_sync(kAllLanes, map.ratio, by, kLanes),
+                      __shfl_up_sync(kAllLanes, map.drive, by, kLanes)};
+      if (lane() >= by) map = map.after(first);
+    }
+    before_ = {};
+    if constexpr (kLanes > 1) {
+      const Map first{__shfl_up_sync(kAllLanes, map.ratio, 1, kLanes),
+                      __shfl_up_sync(kAllLanes, map.drive, 1, kLanes)};
+      if (lane() > 0) before_ = first;
+    }
+    share(map);
+  }
+
+  // The whole team's map.
+  __device__ __forceinline__ Map total() const {
+    Map total = whole(0);
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) total = whole(w).after(total);
+    return total;
+  }
+
+  // From the y before the team's first sample.
+  __device__ __forceinline__ Ends follow(double y) const {
+    double before = y;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      if (w == warp()) before = y;
+      y = whole(w)(y);
+    }
+    return {before_(before), y};
+  }
+
+  // The sum of a value of each thread, in one order.
+  __device__ __forceinline__ double sum(double value) {
+#pragma unroll
+    for (int by = kLanes / 2; by > 0; by /= 2)
+      value += __shfl_xor_sync(kAllLanes, value, by, kLanes);
+    share({0, value});
+    double sum = whole(0).drive;
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) sum += whole(w).drive;
+    return sum;
+  }
+
+ private:
+  static __device__ __forceinline__ int lane() { return threadIdx.x % kLanes; }
+  static __device__ __forceinline__ int warp() { return kWarps > 1 ? threadIdx.x / kWarp : 0; }
+  static __device__ __forceinline__ int row() { return kRows > 1 ? threadIdx.x % kRows : 0; }
+
+  // The last lane's map, to the team.
+  __device__ __forceinline__ void share(const Map& map) {
+    if constexpr (kWarps > 1) {
+      turn_ ^= 1;
+      if (lane() == kLanes - 1) shared_.maps[turn_][warp()][row()] = map;
+      __syncthreads();
+    } else {
+      warp_ = {__shfl_sync(kAllLanes, map.ratio, kLanes - 1, kLanes),
+               __shfl_sync(kAllLanes, map.drive, kLanes - 1, kLanes)};
+    }
+  }
+  __device__ __forceinline__ Map whole(int warp) const {
+    if constexpr (kWarps > 1)
+      return shared_.maps[turn_][warp][row()];
+    else
+      return warp_;
+  }
+
+  Shared& shared_;
+  Map before_, warp_;
+  int turn_ = 0;
+};
+
+}  // namespace ema_ext::cuda

@@ -1,0 +1,77 @@
+// The numbers that tune the CUDA kernels, each with its reason. No GPU has measured them yet: the
+// reasons are counts of bytes, registers and instructions (tools/sass.py, benchmarks/roofline.py).
+#pragma once
+
+#include <cstdint>
+
+namespace ema_ext::cuda {
+
+// Chunks of 16 bytes that a thread holds of each tensor: with 64 bytes on their way for each of 512
+// threads a multiprocessor has 32 kB in flight, and what a scan costs per thread is shared by many
+// samples. Half as many where there would not be registers for the samples.
+constexpr int thread_chunks(int64_t sample_bytes, bool aligned, bool gradient) {
+  return sample_bytes == 2 && (gradient || !aligned) ? 2 : 4;
+}
+
+// Threads of a block in every kernel. Eight warps share one carry per tile.
+constexpr int kBlockThreads = 256;
+constexpr int kBlockWarps = kBlockThreads / 32;
+constexpr int kBlockSteps = 3;  // of a shuffled scan over the warps
+static_assert(kBlockWarps == 1 << kBlockSteps);
+
+// Blocks per multiprocessor that the registers of a kernel must leave room for: 128 a thread.
+constexpr int kBlocksPerMultiprocessor = 2;
+
+// Rows up to this many tiles of 8 threads are scanned by 8 threads, four rows a warp: a warp would
+// be half empty.
+constexpr int64_t kShortTiles = 2;
+
+// From this many rows per multiprocessor on, a warp takes a row: enough warps to fill the machine,
+// and no barrier.
+constexpr int64_t kWarpRows = 32;
+
+// With fewer rows per multiprocessor, rows of at least so many tiles are split over blocks: a block
+// per row would leave multiprocessors idle, and the look-back costs a few microseconds.
+constexpr int64_t kRowsPerMultiprocessor = 2;
+constexpr int64_t kSplitTiles = 4;
+
+// Time-strided rows: samples that a thread takes of each of its rows per tile, each from a line of
+// its own, so that 128 bytes are in flight; where two tensors are and samples are not float32, half
+// as many, for want of registers.
+constexpr int lane_steps(int64_t sample_bytes, bool gradient) {
+  return gradient && sample_bytes != 4 ? 4 : 8;
+}
+
+// Rows of a block, where each thread has `rows` of them: so many threads across that they read 256
+// or 512 bytes at a time, and that what they share stays below 48 kB.
+constexpr int lanes_per_block(int rows, bool gradient) {
+  return rows == 1 ? 32 : rows == 2 || gradient ? 64 : 128;
+}
+
+// The fewest threads across, and from how many bytes of neighbouring rows on they count as side by
+// side: below two sectors of 32 bytes most of what is read would be thrown away either way.
+constexpr int kLaneColumns = 4;
+constexpr int64_t kLaneBytes = 64;
+
+// Tiles of time-strided rows between anchors: each row reads that many messages per tile, which are
+// a hundredth of its samples.
+constexpr int64_t kLaneLookBack = 8;
+
+// Coefficients that vary in time: samples of a thread, as float64 of which two tensors are held at
+// once, and blocks per multiprocessor that leave 128 registers for that.
+constexpr int kVaryingItems = 8;
+constexpr int kVaryingBlocks = 2;
+
+// Terms of a broadcast sum that a warp adds up, 128 to each lane: what it leaves behind is a
+// thousandth of what it reads. The sums of such chunks are summed likewise. Changes results in
+// their last bits.
+constexpr int64_t kSumTerms = 4096;
+
+// With fewer results than this a warp along them would be half empty, as one along a shorter run of
+// terms.
+constexpr int64_t kSumColumns = 16;
+
+// Blocks of a sum at most; each then takes several items.
+constexpr int64_t kSumBlocks = int64_t{1} << 20;
+
+}  // namespace ema_ext::cuda

@@ -1,0 +1,39 @@
+"""The kernels that a run of the tests goes through, without the tests knowing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import executor
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class SeedsOfTheCpu(TorchFunctionMode):
+    """Numbers drawn by a generator of the CPU are drawn there, and go to the default device."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        arguments: tuple[Any, ...] = (),
+        options: dict[str, Any] | None = None,
+    ) -> Any:
+        options = options or {}
+        generator = options.get("generator")
+        if generator is None or generator.device.type != "cpu" or "device" in options:
+            return function(*arguments, **options)
+        return function(*arguments, **options, device="cpu").to(torch.get_default_device())
+
+
+def choose(name: str) -> None:
+    """For the rest of the process: "cpu", "cuda", or "executor" for CUDA kernels on the CPU."""
+    if name == "executor":
+        executor.take_over().set_from(os.environ.get("EMA_EXT_EXECUTOR", ""))
+    elif name == "cuda":
+        torch.set_default_device("cuda")
+        SeedsOfTheCpu().__enter__()
+    elif name != "cpu":
+        raise ValueError(f"EMA_EXT_BACKEND must be cpu, cuda or executor, and is {name!r}")
