@@ -44,12 +44,12 @@ def varying(storage: str) -> Iterator[str]:
 
 KERNELS = [
     Expected("write_answer"),  # probe.cu
-    Expected(f"RowTiles<{STORAGE}, {{8,32,256}}, true, false>", aligned=True),
-    Expected(f"RowTiles<{STORAGE}, {{8,32,256}}, true, true>", aligned=True, moves=(2, 1)),
-    Expected(f"RowTiles<{STORAGE}, {{8,32,256}}, false, {{false,true}}>"),
-    Expected(f"SplitRows<{STORAGE}, true, false>", aligned=True, narrow=1, why=SCALARS),
-    Expected(f"SplitRows<{STORAGE}, true, true>", aligned=True, moves=(2, 1)),
-    Expected(f"SplitRows<{STORAGE}, false, {{false,true}}>"),
+    Expected(f"RowTiles<Tiling<{STORAGE}, {{8,32,256}}, true, false>>", aligned=True),
+    Expected(f"RowTiles<Tiling<{STORAGE}, {{8,32,256}}, true, true>>", aligned=True, moves=(2, 1)),
+    Expected(f"RowTiles<Tiling<{STORAGE}, {{8,32,256}}, false, {{false,true}}>>"),
+    Expected(f"SplitRows<Tiling<{STORAGE}, 256, true, false>>", aligned=True, narrow=1, why=SCALARS),
+    Expected(f"SplitRows<Tiling<{STORAGE}, 256, true, true>>", aligned=True, moves=(2, 1)),
+    Expected(f"SplitRows<Tiling<{STORAGE}, 256, false, {{false,true}}>>"),
     Expected(f"SplitSums<{STORAGE}, {{false,true}}>"),
     *(Expected(names) for storage in STORAGES for names in varying(storage)),
     Expected(f"{{SumAlongTerms,SumAlongResults}}<{STORAGE}>"),

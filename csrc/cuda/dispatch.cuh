@@ -13,19 +13,23 @@ namespace ema_ext::cuda {
 
 inline bool wants_gradient(const Scan& scan) { return scan.grad_coefficient.data != nullptr; }
 
-// The workspace of a split scan: a ticket, then a message and, where alpha's gradient is wanted,
-// the sums of each tile of each row.
+// The workspace of a split scan: a ticket, a message of each tile of each row, what is known of
+// each row and, where alpha's gradient is wanted, the sums of each tile of each row.
 class SplitWorkspace {
  public:
-  SplitWorkspace(const Scan& scan, const Plan& plan, int64_t rows_per_block)
-      : sums_at_(kMessages + plan.blocks * rows_per_block * sizeof(Message)),
-        end_(sums_at_ +
-             (wants_gradient(scan) ? plan.blocks * rows_per_block * sizeof(AlphaSums) : 0)) {}
+  SplitWorkspace(const Scan& scan, int64_t messages, int64_t team_bytes)
+      : teams_at_(kMessages + messages * sizeof(Message)),
+        sums_at_(teams_at_ + scan.rows * team_bytes),
+        end_(sums_at_ + (wants_gradient(scan) ? messages * sizeof(AlphaSums) : 0)) {}
 
   Workspace size() const { return {end_, sums_at_}; }
   static unsigned long long* ticket(void* at) { return static_cast<unsigned long long*>(at); }
   static Message* messages(void* at) {
     return reinterpret_cast<Message*>(static_cast<char*>(at) + kMessages);
+  }
+  template <class T>
+  T* teams(void* at) const {
+    return reinterpret_cast<T*>(static_cast<char*>(at) + teams_at_);
   }
   AlphaSums* sums(void* at) const {
     return reinterpret_cast<AlphaSums*>(static_cast<char*>(at) + sums_at_);
@@ -33,7 +37,7 @@ class SplitWorkspace {
 
  private:
   static constexpr int64_t kMessages = sizeof(Message);
-  int64_t sums_at_, end_;
+  int64_t teams_at_, sums_at_, end_;
 };
 
 inline bool is_split_varying(const Plan& plan) {
@@ -78,8 +82,17 @@ class VaryingWorkspace {
 template <class Storage>
 struct Dispatch {
   static Workspace workspace(const Scan& scan, const Plan& plan) {
-    if (is_split_varying(plan)) return VaryingWorkspace(scan, plan).size();
-    return is_split(plan) ? SplitWorkspace(scan, plan, rows_per_block(plan)).size() : Workspace{};
+    switch (plan.strategy) {
+      case Strategy::kSplitRows:
+        return split_rows_workspace(scan, plan).size();
+      case Strategy::kSplitLanes:
+        return split_lanes_workspace(scan, plan).size();
+      case Strategy::kSplitVaryingRows:
+      case Strategy::kSplitVaryingColumns:
+        return VaryingWorkspace(scan, plan).size();
+      default:
+        return {};
+    }
   }
 
   static cudaError_t scan(const Scan& scan, const Plan& plan, void* workspace,
@@ -97,12 +110,22 @@ struct Dispatch {
   }
 
  private:
-  static bool is_split(const Plan& plan) {
-    return plan.strategy == Strategy::kSplitRows || plan.strategy == Strategy::kSplitLanes;
+  // What is known of a row, where most is.
+  template <bool kAligned>
+  static constexpr int64_t team_bytes() {
+    return sizeof(TeamRow<Tiling<Storage, kBlockThreads, kAligned, true>>) >
+                   sizeof(TeamRow<Tiling<Storage, kBlockThreads, kAligned, false>>)
+               ? sizeof(TeamRow<Tiling<Storage, kBlockThreads, kAligned, true>>)
+               : sizeof(TeamRow<Tiling<Storage, kBlockThreads, kAligned, false>>);
   }
-  static int64_t rows_per_block(const Plan& plan) {
-    if (plan.strategy == Strategy::kSplitRows) return 1;
-    return plan.columns * (plan.aligned ? Chunk<Storage>::kSamples : 1);
+  static constexpr int64_t kTeamBytes = team_bytes<true>() > team_bytes<false>()
+                                            ? team_bytes<true>()
+                                            : team_bytes<false>();
+  static SplitWorkspace split_rows_workspace(const Scan& scan, const Plan& plan) {
+    return {scan, plan.blocks, kTeamBytes};
+  }
+  static SplitWorkspace split_lanes_workspace(const Scan& scan, const Plan& plan) {
+    return {scan, plan.blocks * plan.columns * (plan.aligned ? Chunk<Storage>::kSamples : 1), 0};
   }
 
   template <bool kAligned>
@@ -133,25 +156,32 @@ struct Dispatch {
     const Grid grid{plan.blocks, stream};
     switch (plan.team) {
       case 8:
-        return launch<RowTiles<Storage, 8, kAligned, kGradient>>(grid, {scan});
+        return launch<RowTiles<Tiling<Storage, 8, kAligned, kGradient>>>(grid, {scan});
       case 32:
-        return launch<RowTiles<Storage, 32, kAligned, kGradient>>(grid, {scan});
+        return launch<RowTiles<Tiling<Storage, 32, kAligned, kGradient>>>(grid, {scan});
       default:
-        return launch<RowTiles<Storage, kBlockThreads, kAligned, kGradient>>(grid, {scan});
+        return launch<RowTiles<Tiling<Storage, kBlockThreads, kAligned, kGradient>>>(grid, {scan});
     }
   }
 
   template <bool kAligned, bool kGradient>
   static cudaError_t split_rows(const Scan& scan, const Plan& plan, void* workspace,
                                 cudaStream_t stream) {
-    using Kernel = SplitRows<Storage, kAligned, kGradient>;
-    const SplitWorkspace parts(scan, plan, rows_per_block(plan));
-    const typename Kernel::Arguments arguments{scan, plan.tiles, parts.ticket(workspace),
-                                               parts.messages(workspace), parts.sums(workspace)};
-    const cudaError_t error = launch<Kernel>({plan.blocks, stream}, arguments);
+    using T = Tiling<Storage, kBlockThreads, kAligned, kGradient>;
+    using Kernel = SplitRows<T>;
+    static_assert(sizeof(typename Kernel::Team) <= kTeamBytes);
+    const SplitWorkspace parts = split_rows_workspace(scan, plan);
+    const typename Kernel::Arguments arguments{
+        scan,
+        plan.tiles,
+        parts.ticket(workspace),
+        parts.messages(workspace),
+        parts.template teams<Uninitialized<typename Kernel::Team>>(workspace),
+        parts.sums(workspace)};
+    cudaError_t error = launch<SplitHeads<T>>({(scan.rows + kWarp - 1) / kWarp, stream}, arguments);
+    if (error == cudaSuccess) error = launch<Kernel>({plan.blocks, stream}, arguments);
     if constexpr (kGradient)
-      if (error == cudaSuccess)
-        return launch<SplitSums<Storage, kAligned>>({scan.rows, stream}, arguments);
+      if (error == cudaSuccess) error = launch<SplitSums<T>>({scan.rows, stream}, arguments);
     return error;
   }
 
@@ -159,8 +189,8 @@ struct Dispatch {
   static cudaError_t lanes(const Scan& scan, const Plan& plan, void* workspace,
                            cudaStream_t stream) {
     using Kernel = Lanes<Storage, kAligned, kGradient>;
-    const bool split = is_split(plan);
-    const SplitWorkspace parts(scan, plan, rows_per_block(plan));
+    const bool split = plan.strategy == Strategy::kSplitLanes;
+    const SplitWorkspace parts = split_lanes_workspace(scan, plan);
     const typename Kernel::Arguments arguments{scan,
                                                plan.columns,
                                                split,

@@ -22,38 +22,31 @@ __device__ inline int64_t lane_anchor_before(int64_t tile) {
 template <class Storage, int kSteps>
 struct Lane {
   using Acc = typename Storage::Acc;
-  static constexpr int kG = kGroup<Storage>;
+  static constexpr int kG = 4;  // samples that are scanned by c itself
 
-  Acc in, out, to_lambda, alpha;
-  Acc powers[kG + 1];  // c^i
-  double slot;         // c^kSteps
-  double warp;         // over the slots of a warp
-  double tile, drop;   // over a tile, and 1 less it
+  Acc in, to_lambda, alpha;
+  Acc powers[kG + 1];   // c^i
+  double slot_decay;    // c^kSteps
+  Power<Acc> slots[3];  // over kSteps 2^i samples
+  Power<Acc> warp;      // over the slots of a warp
+  Power<Acc> tile;      // over a tile
   double added_first;
   State<Acc> states[2];  // before the tile, by the tile's parity
   double last;           // s, after the last sample
-  bool forgets;          // c = 0
 
   __device__ Lane(const Row<Storage>& row, int slots_per_warp)
       : in(static_cast<Acc>(row.in)),
-        out(static_cast<Acc>(row.out)),
         to_lambda(static_cast<Acc>(row.to_lambda)),
         alpha(static_cast<Acc>(row.decay.complement())),
-        slot(row.decay.power(kSteps)),
-        warp(row.decay.power(kSteps * slots_per_warp)),
-        tile(row.decay.power(kSteps * slots_per_warp * kBlockWarps)),
-        drop(row.decay.drop(kSteps * slots_per_warp * kBlockWarps)),
+        slot_decay(row.decay.power(kSteps)),
+        slots{row.decay.over(kSteps), row.decay.over(2 * kSteps), row.decay.over(4 * kSteps)},
+        warp(row.decay.over(kSteps * slots_per_warp)),
+        tile(row.decay.over(kSteps * slots_per_warp * kBlockWarps)),
         added_first(row.added_first),
-        last(row.start),
-        forgets(row.decay.ratio() == 0) {
+        last(row.start) {
 #pragma unroll 1
     for (int i = 0; i <= kG; ++i) powers[i] = static_cast<Acc>(row.decay.power(i));
-    states[0] = {row.start, 0};
-  }
-
-  __device__ __forceinline__ double carried(double power, double state) const {
-    if (finite(state)) return power * state;
-    return (forgets ? 0 : copysign(1.0, power)) * state;
+    states[0] = states[1] = {row.start, 0};  // the second for columns that are not there
   }
 
   // s[i] from zero, of a thread's samples; returns the last.
@@ -69,42 +62,43 @@ struct Lane {
     }
     return aggregate;
   }
+  // As tile.cuh's.
   __device__ __forceinline__ void add_state(Acc state, Acc* s) const {
+    Acc from_zero = 0;
 #pragma unroll
     for (int g = 0; g < kSteps; g += kG) {
+      const Acc before = g == 0 ? state : fma(powers[kG], state, from_zero);
+      from_zero = s[g + kG - 1];
 #pragma unroll
-      for (int i = 0; i < kG; ++i) s[g + i] = fma(powers[i + 1], state, s[g + i]);
-      state = s[g + kG - 1];
+      for (int i = 0; i < kG; ++i) s[g + i] = fma(powers[i + 1], before, s[g + i]);
     }
   }
+  static_assert(kSteps <= 2 * kG);
 
   // As tile.cuh's, of the first `count` samples, which are one or more.
   __device__ __forceinline__ AlphaSums alpha_sums(const Acc* x, const Acc* s, int count) const {
     AlphaSums sums;
-    Acc reference = x[0], weight = 0, q = 0;
+    Acc reference = x[0], weight = 0, aggregate = 0;
 #pragma unroll
     for (int i = 1; i < kSteps; ++i)
       if (i < count) reference = x[i];
-    sums.decay = 1;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      if (i < count) {
-        weight = fma(powers[1], weight, s[i]);
-        sums.decay *= powers[1];
-      }
-    }
 #pragma unroll
     for (int i = kSteps - 1; i >= 0; --i) {
-      if (i < count) {
-        const Acc from_reference = x[i] - reference;
-        sums.share += s[i] * (from_reference - q);
-        q = fma(powers[1], q, alpha * from_reference);
-      }
+      if (i >= count) continue;
+      const Acc innovation = x[i] - reference - aggregate;
+      sums.share += s[i] * innovation;
+      aggregate = fma(alpha, innovation, aggregate);
     }
-    if (count == kSteps) sums.decay = slot;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (i >= count) continue;
+      weight = fma(powers[1], weight, s[i]);
+      sums.decay *= powers[1];
+    }
+    if (count == kSteps) sums.decay = slot_decay;
     sums.reference = reference;
     sums.weight = weight;
-    sums.aggregate = q;
+    sums.aggregate = aggregate;
     return sums;
   }
 };
@@ -114,7 +108,7 @@ struct Lanes {
   using Sample = typename Storage::Sample;
   using Acc = typename Storage::Acc;
   static constexpr int kThreads = kBlockThreads;
-  static constexpr int kMinBlocks = kGradientBlocks;
+  static constexpr int kMinBlocks = kBlocksPerMultiprocessor;
   static constexpr int kW = kVector ? Chunk<Storage>::kSamples : 1;  // rows of a thread
   static constexpr int kSteps = lane_steps(sizeof(Sample), kGradient);
   static constexpr int kMostLanes = lanes_per_block(kW, kGradient);
@@ -179,7 +173,7 @@ struct Lanes {
     if (thread() < lanes()) {
       const RowOffsets at(scan, row_ + min(thread(), count_ - 1));
       const Row<Storage> row(scan, at);
-      if (!row.decay.fits()) shared_.unfit = true;
+      if (!row.scans()) shared_.unfit = true;
       new (&shared_.lanes[thread()].value()) Lane<Storage, kSteps>(row, slots_per_warp_);
       if constexpr (kGradient) new (&shared_.sums[thread()].value()) AlphaSums;
     }
@@ -288,13 +282,10 @@ struct Lanes {
     for (int w = 0; w < kW; ++w) {
       Lane<Storage, kSteps>& k = lane(w);
       const double state = state_of_warp(w, warp, parity);
-      double power = 1;
-#pragma unroll 1
-      for (int i = slot_ % slots_per_warp_; i > 0; --i) power *= k.slot;
       Acc samples[kSteps], s[kSteps];
       unpack(x, w, samples);
       k.scan_groups(samples, starts, copies, s);
-      k.add_state(static_cast<Acc>(before[w] + k.carried(power, state)), s);
+      k.add_state(static_cast<Acc>(over_slots(k, before[w], state)), s);
       if (copies) s[0] = samples[0];
       if (mine > 0 && left <= kSteps) k.last = last_of(s, mine);
       if constexpr (kGradient) {
@@ -304,7 +295,7 @@ struct Lanes {
       const bool to_lambda = scan.op == Op::kEmaBackward && !scan.has_initial_state;
 #pragma unroll
       for (int i = 0; i < kSteps; ++i)
-        x.of[i][w] = Storage::put(s[i] * (to_lambda && i + 1 == left ? k.to_lambda : k.out));
+        x.of[i][w] = Storage::put(to_lambda && i + 1 == left ? s[i] * k.to_lambda : s[i]);
     }
     store(x, n, mine);
     if constexpr (kGradient) {
@@ -328,16 +319,27 @@ struct Lanes {
     const int columns = arguments_.columns;
     Acc samples[kSteps], s[kSteps];
     unpack(x, w, samples);
-    double aggregate = k.scan_groups(samples, starts, copies, s), power = k.slot;
+    double aggregate = k.scan_groups(samples, starts, copies, s);
+    const Power<Acc>* power = k.slots;
 #pragma unroll 1
-    for (int by = columns; by < kWarp; by *= 2, power *= power) {
+    for (int by = columns; by < kWarp; by *= 2, ++power) {
       const double from = __shfl_up_sync(kAllLanes, aggregate, by);
-      if (thread() % kWarp >= by) aggregate += k.carried(power, from);
+      if (thread() % kWarp >= by) aggregate = power->join(aggregate, from);
     }
     const double before = __shfl_up_sync(kAllLanes, aggregate, columns);
     if (thread() % kWarp >= kWarp - columns)
       shared_.aggregates[parity][thread() / kWarp][column_ * kW + w] = aggregate;
     return thread() % kWarp < columns ? 0 : before;
+  }
+
+  // The state before this slot, from that before the warp and `before`, which is from zero.
+  __device__ __forceinline__ double over_slots(const Lane<Storage, kSteps>& k, double before,
+                                               double state) const {
+    const int slots = slot_ % slots_per_warp_;
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+      if ((slots >> i & 1) != 0) state = k.slots[i].join(0, state);
+    return before + state;
   }
 
   // The state before this warp's slots; the first warp keeps that after the tile.
@@ -347,11 +349,10 @@ struct Lanes {
     double state = from.value;
 #pragma unroll 1
     for (int i = 0; i < warp; ++i)
-      state = shared_.aggregates[parity][i][column_ * kW + w] + k.carried(k.warp, state);
+      state = k.warp.join(shared_.aggregates[parity][i][column_ * kW + w], state);
     if (slot_ == 0) {
       State<Acc> after = from;
-      after.advance(aggregate_of_tile(column_ * kW + w, parity), k.carried(k.tile, from.value),
-                    k.drop);
+      after.advance(aggregate_of_tile(column_ * kW + w, parity), k.tile);
       k.states[parity ^ 1] = after;
     }
     return state;
@@ -362,7 +363,7 @@ struct Lanes {
     double aggregate = 0;
 #pragma unroll 1
     for (int i = 0; i < kBlockWarps; ++i)
-      aggregate = shared_.aggregates[parity][i][lane] + k.carried(k.warp, aggregate);
+      aggregate = k.warp.join(shared_.aggregates[parity][i][lane], aggregate);
     return aggregate;
   }
 
@@ -379,11 +380,11 @@ struct Lanes {
         double state = 0;
 #pragma unroll 1
         for (int64_t t = lane_anchor_before(tile); t < tile; ++t)
-          state = receive(messages[t * lanes()]) + k.carried(k.tile, state);
+          state = k.tile.join(receive(messages[t * lanes()]), state);
         k.states[parity] = {state, 0};
       }
       if (anchor && !ends)
-        send(messages[tile * lanes()], aggregate + k.carried(k.tile, k.states[parity].value));
+        send(messages[tile * lanes()], k.tile.join(aggregate, k.states[parity].value));
     }
     __syncthreads();
   }
@@ -444,7 +445,7 @@ struct LaneSums {
     // Rows that share a block with an unfit one were walked, to the end.
     for (int64_t i = 0; i < lanes && index % width / lanes * lanes + i < width; ++i) {
       const int64_t other = outer * width + index % width / lanes * lanes + i;
-      if (!Row<Storage>(scan, RowOffsets(scan, other)).decay.fits()) return;
+      if (!Row<Storage>(scan, RowOffsets(scan, other)).scans()) return;
     }
     const AlphaSums* from =
         arguments.sums + group * arguments.tiles * lanes + index % width % lanes;

@@ -34,17 +34,4 @@ __device__ inline double receive(const Message& message) {
   return __longlong_as_double(static_cast<long long>(high << 32 | (low & 0xffffffff)));
 }
 
-// A value of one thread, to all threads of a block of kThreads: those of the sum in one order.
-template <int kThreads>
-__device__ __forceinline__ double sum_over_block(double value, double* warps) {
-#pragma unroll
-  for (int by = kWarp / 2; by > 0; by /= 2) value += __shfl_xor_sync(kAllLanes, value, by);
-  if (thread() % kWarp == 0) warps[thread() / kWarp] = value;
-  __syncthreads();
-  double sum = 0;
-#pragma unroll
-  for (int w = 0; w < kThreads / kWarp; ++w) sum += warps[w];
-  return sum;
-}
-
 }  // namespace ema_ext::cuda

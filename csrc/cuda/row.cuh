@@ -91,6 +91,10 @@ struct Row {
     }
   }
 
+  // Whether the row can be scanned by powers; otherwise it is walked. So is an adjoint that runs as
+  // lambda itself: its alpha is 0, but for a rounding.
+  __device__ bool scans() const { return decay.fits() && out == 1; }
+
   // What the row hands on, from its last s.
   __device__ void write_state(const Scan& scan, const RowOffsets& at, double last) const {
     if (scan.state.data == nullptr) return;

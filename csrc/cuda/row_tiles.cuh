@@ -1,39 +1,30 @@
 // Many rows: a team of threads takes a row from end to end, tile by tile, the next tile on its way
-// while one is scanned. Teams of 8 or 32 need no barrier; a team of a whole block one per tile.
+// while one is scanned. Teams of 8 or 32 need no barrier; a team of a whole block one per scan of a
+// tile: lambda's and, for the gradient to alpha, kappa's.
 #pragma once
 
 #include "cuda/team_row.cuh"
 
 namespace ema_ext::cuda {
 
-template <class Storage, int kTeam, bool kAligned, bool kGradient>
+template <class T>
 struct RowTiles {
-  using Sample = typename Storage::Sample;
-  using Acc = typename Storage::Acc;
-  using Shape = TileShape<Storage, kTeam>;
-  using Powers = TilePowers<Storage, kTeam>;
-  using Moves = Stage<Storage, Shape::kLanes, kAligned>;
-  using Raw = typename Moves::Raw;
+  using Sample = typename T::Sample;
+  using Acc = typename T::Acc;
+  using Raw = typename Stage<T>::Raw;
   static constexpr int kThreads = kBlockThreads;
-  static constexpr int kMinBlocks = kGradient || !kAligned ? kGradientBlocks : kScanBlocks;
-  static constexpr int kTeams = kThreads / kTeam;
-  static constexpr int kC = Chunk<Storage>::kSamples;
-  static constexpr int kItems = Shape::kItems;
-  static constexpr int kWarpChunks = Shape::kLanes * kThreadChunks;
-  static constexpr int kTileChunks = kTeam * kThreadChunks;
-  static constexpr bool kBlock = kTeam > kWarp;
+  static constexpr int kMinBlocks = T::kAligned ? kBlocksPerMultiprocessor : 1;
+  static constexpr int kTeams = kThreads / T::kTeam;
 
   struct Arguments {
     Scan scan;
   };
 
-  using TeamRow = cuda::TeamRow<Storage, kTeam, kAligned, kGradient>;
-
   struct Shared {
-    WarpStage stage[kThreads / kWarp];
-    Uninitialized<TeamRow> teams[kTeams];
-    double aggregates[2][kBlock ? Shape::kWarps : 1];
-    Uninitialized<AlphaSums> sums[2][kBlock && kGradient ? Shape::kWarps : 1];
+    WarpStage<T> stage[kBlockWarps];
+    Uninitialized<TeamRow<T>> teams[kTeams];
+    double aggregates[2][T::kBlock ? kBlockWarps : 1];
+    Acc references[T::kBlock && T::kGradient ? kBlockWarps : 1];  // of each warp's last stretch
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
@@ -44,10 +35,11 @@ struct RowTiles {
 #pragma unroll 1
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * kTeams; first < scan.rows;
          first += step) {
-      const int64_t index = first + thread() / kTeam;
-      const bool there = index < scan.rows, leads = there && thread() % kTeam == 0;
-      TeamRow& team = shared.teams[thread() / kTeam].value();
-      if (thread() % kTeam == 0) new (&team) TeamRow(scan, there ? index : scan.rows - 1, there);
+      const int64_t index = first + thread() / T::kTeam;
+      const bool there = index < scan.rows, leads = there && thread() % T::kTeam == 0;
+      TeamRow<T>& team = shared.teams[thread() / T::kTeam].value();
+      if (thread() % T::kTeam == 0)
+        new (&team) TeamRow<T>(scan, there ? index : scan.rows - 1, there);
       sync();
       turn = RowTiles(scan, shared, team, there, turn).scan_tiles();
       sync();
@@ -59,17 +51,18 @@ struct RowTiles {
   }
 
  private:
-  __device__ RowTiles(const Scan& scan, Shared& shared, TeamRow& team, bool there, int turn)
+  __device__ RowTiles(const Scan& scan, Shared& shared, TeamRow<T>& team, bool there, int turn)
       : scan_(scan),
         shared_(shared),
         team_(team),
-        leads_(there && thread() % kTeam == 0),
         chunks_(there ? team.parts.chunks : 0),
         turn_(turn),
-        moves_(shared.stage[thread() / kWarp]) {}
+        moves_(shared.stage[thread() / kWarp], scan.x.time_stride < 0),
+        lane_(TilePowers<T>::over_threads(thread() % T::kLanes, team.row.decay)),
+        thread_(TilePowers<T>::over_threads(thread() % T::kTeam, team.row.decay)) {}
 
   static __device__ __forceinline__ void sync() {
-    if constexpr (kBlock)
+    if constexpr (T::kBlock)
       __syncthreads();
     else
       __syncwarp();
@@ -77,108 +70,133 @@ struct RowTiles {
 
   // Where in the tile, in chunks, this warp's samples begin and this thread's.
   static __device__ __forceinline__ int warp_begin() {
-    return thread() % kTeam / kWarp * kWarpChunks;
+    return thread() % T::kTeam / kWarp * T::kWarpChunks;
   }
-  static __device__ __forceinline__ int begin() { return thread() % kTeam * kThreadChunks; }
+  static __device__ __forceinline__ int begin() { return thread() % T::kTeam * T::kChunks; }
 
-  // This warp's share of a tile.
+  // This warp's share of the first tile, of which `chunks` are there.
   template <class Pointer>
-  __device__ __forceinline__ Run<Storage> run_of(Pointer samples, const View& view,
-                                                 int64_t tile) const {
-    const int64_t chunk = tile * kTileChunks + warp_begin(), left = chunks_ - chunk;
-    return {const_cast<Sample*>(samples) + (team_.parts.head + chunk * kC) * view.time_stride,
-            view.time_stride, static_cast<int>(left < kWarpChunks ? left : kWarpChunks)};
+  __device__ __forceinline__ Run<Sample> first_run(Pointer samples, const View& view) const {
+    const int64_t n = team_.parts.head + warp_begin() * T::kSamples;
+    return {const_cast<Sample*>(samples) + n * view.time_stride, view.time_stride,
+            clamped(chunks_ - warp_begin())};
+  }
+  // The same of the next tile, `left` chunks before the row's end.
+  __device__ __forceinline__ void advance(Run<Sample>& run, int64_t left) const {
+    run.first += run.stride * (T::kTileChunks * T::kSamples);
+    run.chunks = clamped(left - warp_begin());
+  }
+  static __device__ __forceinline__ int clamped(int64_t chunks) {
+    return static_cast<int>(chunks < T::kWarpChunks ? chunks : T::kWarpChunks);
   }
 
   __device__ __forceinline__ int scan_tiles() {
-    const int64_t most = kTeam < kWarp ? scan_.length / kC : chunks_;
-    const int64_t tiles = (most + kTileChunks - 1) / kTileChunks;
-    const Powers& k = team_.powers;
-    const double lane_power = k.over_threads(thread() % Shape::kLanes, team_.row.decay);
-    const double thread_power =
-        kBlock ? k.over_threads(thread() % kTeam, team_.row.decay) : lane_power;
-    State<Acc> state{team_.walk.state, 0};
-    Acc last = 0;
-    Raw raw = moves_.fetch(run_of(team_.row.x, scan_.x, 0)), raw_forward;
-    if constexpr (kGradient)
-      raw_forward = moves_.fetch(run_of(team_.row.forward_x, scan_.forward_x, 0));
-    sync();  // the leader writes the walk below
-#pragma unroll 1
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      Acc x[kItems], s[kItems];
-      moves_.spread(raw, scan_.x.time_stride < 0, x);
-      if (tile + 1 < tiles) raw = moves_.fetch(run_of(team_.row.x, scan_.x, tile + 1));
+    const TilePowers<T>& k = team_.powers;
+    State<Acc> state{team_.walk.state, 0}, kappa{team_.walk.sums.weight, 0};
+    double gradient = 0;
+    bool copies = begin() == 0 && team_.parts.head == 0 && team_.row.copies_first;
+    Acc added_first =
+        begin() == 0 && team_.parts.head == 0 ? static_cast<Acc>(team_.row.added_first) : 0;
 
-      const bool starts = tile == 0 && begin() == 0 && team_.parts.head == 0;
-      const bool copies = starts && team_.row.copies_first;
-      Acc first = k.in * x[0];
-      if (starts) first = copies ? x[0] : first + static_cast<Acc>(team_.row.added_first);
-      const FromZero zero = scan(scan_groups(x, first, k, s), lane_power);
-      if (kGradient && kBlock && tile > 0) fold(kTileChunks);
-      add_state(static_cast<Acc>(zero.before + k.carried(thread_power, state.value)), k, s);
-      state.advance(zero.tile, k.carried(k.tile, state.value), k.drop);
-      if (copies) s[0] = x[0];
-
-      const Run<Storage> to = run_of(team_.row.y, scan_.y, tile);
-      const int mine = own_chunks(chunks_ - tile * kTileChunks - begin());
-#pragma unroll
-      for (int c = 0; c < kThreadChunks; ++c)
-        if (c < mine) last = s[c * kC + kC - 1];
-      if constexpr (kGradient) {
-        moves_.spread(raw_forward, scan_.forward_x.time_stride < 0, x);
-        if (tile + 1 < tiles)
-          raw_forward = moves_.fetch(run_of(team_.row.forward_x, scan_.forward_x, tile + 1));
-        join(alpha_sums(x, s, mine, k), to.chunks);
-      }
-      team_.to_outputs(scan_, mine, tile + 1 == tiles, s);
-      moves_.put(s, to);
+    int64_t left = chunks_, most = T::kTeam < kWarp ? scan_.length / T::kSamples : chunks_;
+    Run<Sample> from = first_run(team_.row.x, scan_.x), to = first_run(team_.row.y, scan_.y), own;
+    Raw raw, raw_own;
+    if constexpr (T::kGradient) {
+      own = first_run(team_.row.forward_x, scan_.forward_x);
+      reference_ = static_cast<Acc>(team_.walk.sums.reference);
+    } else {
+      raw = moves_.fetch(from);  // ahead; with a second tensor there are no registers for that
     }
-    if (chunks_ > 0) hand_on(last);
+    sync();  // `hand_on` writes the walk
+    int mine = 0;
+    Acc x[T::kItems], s[T::kItems];
+#pragma unroll 1
+    for (; most > 0; most -= T::kTileChunks, left -= T::kTileChunks) {
+      if constexpr (T::kGradient) {
+        raw = moves_.fetch(from);
+        raw_own = moves_.fetch(own);
+        advance(own, left - T::kTileChunks);
+      }
+      moves_.spread(raw, x);
+      advance(from, left - T::kTileChunks);
+      if constexpr (!T::kGradient) raw = moves_.fetch(from);
+
+      const Acc first = copies ? x[0] : k.in * x[0] + added_first;
+      const FromZero zero = scan(scan_groups(x, first, k, s));
+      add_state(static_cast<Acc>(thread_.join(zero.before, state.value)), k, s);
+      state.advance(zero.tile, k.tile);
+      if (copies) s[0] = x[0];
+      copies = false;
+      added_first = 0;
+
+      mine = own_chunks<T>(left - begin());
+      if constexpr (T::kGradient) {
+        moves_.spread(raw_own, x);
+        gradient += gradient_of(Stretch<T>(x, s, mine, k), kappa, mine);
+      }
+      moves_.put(s, to);
+      advance(to, left - T::kTileChunks);
+    }
+    if constexpr (T::kGradient && !T::kBlock) gradient = sum_over_lanes<T::kLanes>(gradient);
+    if (chunks_ > 0) hand_on(last_of<T>(s, mine), gradient, mine > 0 && mine <= T::kChunks);
     return turn_;
   }
 
-  __device__ __forceinline__ FromZero scan(double aggregate, double lane_power) {
-    if constexpr (kBlock)
-      return scan_block(aggregate, lane_power, team_.powers, shared_.aggregates[turn_ ^= 1]);
-    return scan_lanes(aggregate, team_.powers);
+  __device__ __forceinline__ FromZero scan(double aggregate) {
+    if constexpr (T::kBlock)
+      return scan_block(aggregate, lane_, team_.powers, shared_.aggregates[turn_ ^= 1]);
+    else
+      return scan_lanes(aggregate, team_.powers);
   }
 
-  // The tile's sums, to the leader; in a block by way of `fold`, after the next barrier.
-  __device__ __forceinline__ void join(const AlphaSums& mine, int chunks) {
-    const int threads = (chunks + kThreadChunks - 1) / kThreadChunks;
-    const AlphaSums sums = join_lanes<Shape::kLanes>(mine, threads);
-    if constexpr (kBlock) {
-      if (thread() % kWarp == 0) shared_.sums[turn_][thread() / kWarp].value() = sums;
-    } else if (leads_ && threads > 0) {
-      team_.walk.sums.prepend(sums);
+  // What this thread's stretch of a tile adds to the gradient to alpha; advances kappa over the
+  // tile.
+  __device__ __forceinline__ double gradient_of(const Stretch<T>& mine, State<Acc>& kappa,
+                                                int chunks) {
+    const TilePowers<T>& k = team_.powers;
+    const int warp = thread() / kWarp;
+    if (T::kBlock && thread() % kWarp == kWarp - 1) shared_.references[warp] = mine.reference;
+    const FromZero zero = scan(mine.weight);
+    const double before = thread_.join(zero.before, kappa.value);
+    kappa.advance(zero.tile, k.tile);
+
+    Acc other = __shfl_up_sync(kAllLanes, mine.reference, 1, T::kLanes);
+    if constexpr (T::kBlock) {
+      const Acc* const references = shared_.references;
+      if (thread() % kWarp == 0) other = warp == 0 ? reference_ : references[warp - 1];
+      reference_ = references[kBlockWarps - 1];
+    } else {
+      if (thread() % T::kTeam == 0) other = reference_;
+      reference_ = __shfl_sync(kAllLanes, mine.reference, T::kTeam - 1, T::kTeam);
     }
-  }
-  // What `join` left behind in the tile before the last barrier, which had `chunks`.
-  __device__ __forceinline__ void fold(int chunks) {
-    if (!leads_) return;
-#pragma unroll 1
-    for (int w = 0; w * kWarpChunks < chunks; ++w)
-      team_.walk.sums.prepend(shared_.sums[turn_ ^ 1][w].value());
+    if (chunks == 0) return 0;
+    last_reference_ = mine.reference;
+    last_kappa_ = mine.weight + k.chunks[min(chunks, T::kChunks)] * before;
+    return mine.gradient(before, other);
   }
 
-  // The last s of the row's chunks, from the thread that has it to the walk.
-  __device__ __forceinline__ void hand_on(Acc last) {
-    const int in_tile = static_cast<int>((chunks_ - 1) % kTileChunks);
-    if (thread() % kTeam == in_tile / kThreadChunks) team_.walk.state = last;
-    if constexpr (kBlock && kGradient) {
-      turn_ ^= 1;
-      __syncthreads();
-      fold(in_tile + 1);
-    }
+  // Where the row's chunks end, to the walk: by the thread that has the last one.
+  __device__ __forceinline__ void hand_on(Acc last, double gradient, bool ends) {
+    if constexpr (T::kGradient && T::kBlock)
+      gradient = sum_over_block(gradient, shared_.aggregates[turn_ ^= 1]);
+    if (!ends) return;
+    team_.walk.state = last;
+    if constexpr (T::kGradient)
+      team_.walk.sums = {last_reference_, team_.walk.sums.share + gradient, last_kappa_, 0, 1};
   }
 
   const Scan& scan_;
   Shared& shared_;
-  TeamRow& team_;
-  const bool leads_;
+  TeamRow<T>& team_;
   const int64_t chunks_;
   int turn_;
-  const Moves moves_;
+  const Stage<T> moves_;
+  // From the first sample of the warp, and of the tile, to the thread's.
+  const Power<Acc> lane_, thread_;
+  // Of alpha's gradient: the reference of the last tile's last stretch, and of this thread's last
+  // stretch its reference and the kappa after it.
+  Acc reference_, last_reference_;
+  double last_kappa_;
 };
 
 }  // namespace ema_ext::cuda

@@ -20,22 +20,19 @@ constexpr int kLookBack = kBlockThreads;
 // The first tile whose message tile `tile` folds: an anchor.
 __device__ inline int64_t anchor_before(int64_t tile) { return (tile - 1) / kLookBack * kLookBack; }
 
-template <class Storage, bool kAligned, bool kGradient>
+template <class T>
 struct SplitRows {
   static constexpr int kThreads = kBlockThreads;
-  static constexpr int kMinBlocks = kGradient || !kAligned ? kGradientBlocks : kScanBlocks;
-  static constexpr int kC = Chunk<Storage>::kSamples;
-  static constexpr int kWarpChunks = kWarp * kThreadChunks;
-  static constexpr int kTileChunks = kThreads * kThreadChunks;
-  using Sample = typename Storage::Sample;
-  using Acc = typename Storage::Acc;
-  using Shape = TileShape<Storage, kThreads>;
-  using Team = TeamRow<Storage, kThreads, kAligned, kGradient>;
-  using Moves = Stage<Storage, kWarp, kAligned>;
+  static constexpr int kMinBlocks = T::kAligned ? kBlocksPerMultiprocessor : 1;
+  static constexpr bool kGradient = T::kGradient;
+  using Sample = typename T::Sample;
+  using Acc = typename T::Acc;
+  using Team = TeamRow<T>;
+  static_assert(T::kTeam == kThreads);
 
   // Of a row that have samples; one at least.
   static __device__ int64_t tiles(const Parts& parts) {
-    const int64_t count = (parts.chunks + kTileChunks - 1) / kTileChunks;
+    const int64_t count = (parts.chunks + T::kTileChunks - 1) / T::kTileChunks;
     return count > 1 ? count : 1;
   }
 
@@ -44,27 +41,28 @@ struct SplitRows {
     int64_t tiles;               // blocks per row, some of which may find no samples
     unsigned long long* ticket;  // 0 before
     Message* messages;           // row * tiles + tile; 0 before
-    AlphaSums* sums;             // the same; for SplitSums
+    Uninitialized<Team>* teams;  // per row: from SplitHeads
+    AlphaSums* sums;             // row * tiles + tile; for SplitSums
   };
   struct Shared {
-    WarpStage stage[kThreads / kWarp];
+    WarpStage<T> stage[kBlockWarps];
     Uninitialized<Team> team;
-    double aggregates[Shape::kWarps], folded[Shape::kWarps];
-    Uninitialized<AlphaSums> sums[kGradient ? Shape::kWarps : 1];
-    double last;  // s, after the tile's samples of the row
+    double aggregates[2][kBlockWarps], sums[3][kBlockWarps];
+    Acc references[kBlockWarps];   // of each warp's last stretch
+    double last;                   // s, after the last sample of the row's chunks
+    Uninitialized<AlphaSums> end;  // of the tile's last stretch: reference and weight
     int64_t ticket;
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
     const Scan& scan = arguments.scan;
-    const int64_t count = arguments.tiles;
     Team& team = shared.team.value();
-    if (thread() == 0) {
-      shared.ticket = static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull));
-      new (&team) Team(scan, shared.ticket / count, shared.ticket % count == 0);
-    }
+    if (thread() == 0) shared.ticket = static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull));
     __syncthreads();
-    const int64_t tile = shared.ticket % count, last = tiles(team.parts) - 1;
+    const int64_t index = shared.ticket / arguments.tiles, tile = shared.ticket % arguments.tiles;
+    copy(arguments.teams[index], shared.team);
+    __syncthreads();
+    const int64_t last = tiles(team.parts) - 1;
     if (tile > last) return;
     if (team.parts.chunks > 0) SplitRows(arguments, shared, tile, tile == last).scan_tile();
     __syncthreads();
@@ -74,7 +72,7 @@ struct SplitRows {
       team.walk_tail(scan);
       team.row.write_state(scan, team.at, team.walk.state);
     }
-    if (kGradient) arguments.sums[shared.ticket] = team.walk.sums;
+    if constexpr (kGradient) arguments.sums[shared.ticket] = team.walk.sums;
   }
 
  private:
@@ -84,94 +82,109 @@ struct SplitRows {
         team_(shared.team.value()),
         tile_(tile),
         ends_(ends),
-        moves_(shared.stage[thread() / kWarp]) {}
+        moves_(shared.stage[thread() / kWarp], arguments.scan.x.time_stride < 0),
+        lane_(TilePowers<T>::over_threads(thread() % kWarp, team_.row.decay)),
+        thread_(TilePowers<T>::over_threads(thread(), team_.row.decay)) {}
 
   template <class Pointer>
-  __device__ __forceinline__ Run<Storage> run_of(Pointer samples, const View& view) const {
-    const int64_t chunk = tile_ * kTileChunks + thread() / kWarp * kWarpChunks;
+  __device__ __forceinline__ Run<Sample> run_of(Pointer samples, const View& view) const {
+    const int64_t chunk = tile_ * T::kTileChunks + thread() / kWarp * T::kWarpChunks;
     const int64_t left = team_.parts.chunks - chunk;
-    return {const_cast<Sample*>(samples) + (team_.parts.head + chunk * kC) * view.time_stride,
-            view.time_stride, static_cast<int>(left < kWarpChunks ? left : kWarpChunks)};
+    return {
+        const_cast<Sample*>(samples) + (team_.parts.head + chunk * T::kSamples) * view.time_stride,
+        view.time_stride, static_cast<int>(left < T::kWarpChunks ? left : T::kWarpChunks)};
+  }
+
+  static __device__ __forceinline__ void copy(const Uninitialized<Team>& from,
+                                              Uninitialized<Team>& to) {
+    static_assert(sizeof(Team) % sizeof(uint2) == 0);
+    for (size_t i = thread(); i < sizeof(Team) / sizeof(uint2); i += kThreads)
+      reinterpret_cast<uint2*>(to.bytes)[i] = reinterpret_cast<const uint2*>(from.bytes)[i];
   }
 
   __device__ __forceinline__ void scan_tile() {
     const Scan& scan = arguments_.scan;
     const auto& k = team_.powers;
-    Acc x[Shape::kItems], s[Shape::kItems];
-    moves_.spread(moves_.fetch(run_of(team_.row.x, scan.x)), scan.x.time_stride < 0, x);
-    typename Moves::Raw raw_forward;
-    if constexpr (kGradient)
-      raw_forward = moves_.fetch(run_of(team_.row.forward_x, scan.forward_x));
+    Acc x[T::kItems], s[T::kItems];
+    moves_.spread(moves_.fetch(run_of(team_.row.x, scan.x)), x);
+    typename Stage<T>::Raw raw_own;
+    if constexpr (kGradient) raw_own = moves_.fetch(run_of(team_.row.forward_x, scan.forward_x));
 
     const bool starts = tile_ == 0 && thread() == 0 && team_.parts.head == 0;
     const bool copies = starts && team_.row.copies_first;
-    Acc first = k.in * x[0];
-    if (starts) first = copies ? x[0] : first + static_cast<Acc>(team_.row.added_first);
-    const double lane_power = k.over_threads(thread() % kWarp, team_.row.decay);
-    const FromZero zero =
-        scan_block(scan_groups(x, first, k, s), lane_power, k, shared_.aggregates);
-    const double before = state_before(zero.tile);
-    const double thread_power = k.over_threads(thread(), team_.row.decay);
-    add_state(static_cast<Acc>(zero.before + k.carried(thread_power, before)), k, s);
+    Acc first = copies ? x[0] : k.in * x[0];
+    if (starts && !copies) first += static_cast<Acc>(team_.row.added_first);
+    const FromZero zero = scan_block(scan_groups(x, first, k, s), lane_, k, shared_.aggregates[0]);
+    const double before = state_before(arguments_.messages, team_.walk.state, zero.tile);
+    add_state(static_cast<Acc>(thread_.join(zero.before, before)), k, s);
     if (copies) s[0] = x[0];
 
-    const Run<Storage> to = run_of(team_.row.y, scan.y);
     const int mine =
-        own_chunks(team_.parts.chunks - tile_ * kTileChunks - thread() * kThreadChunks);
+        own_chunks<T>(team_.parts.chunks - tile_ * T::kTileChunks - thread() * T::kChunks);
+    if (mine > 0 && mine <= T::kChunks && ends_) shared_.last = last_of<T>(s, mine);
     if constexpr (kGradient) {
-      moves_.spread(raw_forward, scan.forward_x.time_stride < 0, x);
-      join(alpha_sums(x, s, mine, k), to.chunks);
+      moves_.spread(raw_own, x);
+      join(Stretch<T>(x, s, mine, k), mine);
     }
-    if (ends_) hand_on(s, mine);
-    team_.to_outputs(scan, mine, ends_, s);
-    moves_.put(s, to);
+    moves_.put(s, run_of(team_.row.y, scan.y));
   }
 
-  // Folds what was sent before, and sends.
-  __device__ __forceinline__ double state_before(double aggregate) {
-    Message* const messages = arguments_.messages + shared_.ticket - tile_;
+  // Folds what was sent before the tile, and sends. `start` is the state before the first one.
+  __device__ __forceinline__ double state_before(Message* messages, double start,
+                                                 double aggregate) {
+    messages += shared_.ticket - tile_;
     const bool anchor = tile_ % kLookBack == 0;
     if (thread() == 0 && !anchor && !ends_) send(messages[tile_], aggregate);
-    double state = team_.walk.state;
+    double state = start;
     if (tile_ > 0) {
       const int64_t from = anchor_before(tile_) + thread();
       double share = 0;
       if (from < tile_) {
-        const double power = team_.row.decay.power((tile_ - 1 - from) * Shape::kTile);
-        share = team_.powers.carried(power, receive(messages[from]));
+        const int64_t threads = (tile_ - 1 - from) * kThreads;
+        share =
+            team_.powers.over_threads(threads, team_.row.decay).join(0, receive(messages[from]));
       }
-      state = sum_over_block<kThreads>(share, shared_.folded);
+      state = sum_over_block(share, shared_.sums[0]);
     }
     if (thread() == 0 && anchor && !ends_)
-      send(messages[tile_], aggregate + team_.powers.carried(team_.powers.tile, state));
+      send(messages[tile_], team_.powers.tile.join(aggregate, state));
     return state;
   }
 
-  __device__ __forceinline__ void join(const AlphaSums& mine, int chunks) {
-    const int warp = thread() / kWarp, threads = (chunks + kThreadChunks - 1) / kThreadChunks;
-    const AlphaSums sums = join_lanes<kWarp>(mine, threads);
-    if (thread() % kWarp == 0) shared_.sums[warp].value() = sums;
-    __syncthreads();
-    if (thread() != 0) return;
-    const int64_t left = team_.parts.chunks - tile_ * kTileChunks;
-#pragma unroll 1
-    for (int w = 0; w < Shape::kWarps && w * kWarpChunks < left; ++w) {
-      if (w == 0 && tile_ > 0)
-        team_.walk.sums = shared_.sums[w].value();
-      else
-        team_.walk.sums.prepend(shared_.sums[w].value());
+  // The tile's sums, to the walk. Within the tile kappa starts from zero: what later samples weigh
+  // comes in when the tiles are joined.
+  __device__ __forceinline__ void join(const Stretch<T>& stretch, int mine) {
+    const auto& k = team_.powers;
+    const int warp = thread() / kWarp;
+    if (thread() % kWarp == kWarp - 1) shared_.references[warp] = stretch.reference;
+    const bool last = mine > 0 && mine <= T::kChunks;  // of the tile's stretches, or the row's
+    const bool ends_tile = mine > 0 && (last || thread() == kThreads - 1);
+    AlphaSums& end = shared_.end.value();
+    if (ends_tile) end.reference = stretch.reference;
+    const FromZero zero = scan_block(stretch.weight, lane_, k, shared_.aggregates[1]);
+    Acc other = __shfl_up_sync(kAllLanes, stretch.reference, 1);
+    if (thread() % kWarp == 0) other = warp == 0 ? stretch.reference : shared_.references[warp - 1];
+    double gradient = 0, aggregate = 0;
+    if (mine > 0) {
+      gradient = stretch.gradient(zero.before, other);
+      const double decay = k.chunks[min(mine, T::kChunks)];
+      const double power = team_.row.decay.power(static_cast<int64_t>(thread()) * T::kItems);
+      if (ends_tile) end.weight = stretch.weight + decay * zero.before;
+      if (ends_tile) end.decay = power * decay;
+      const double gap = stretch.reference - end.reference;
+      aggregate = power * (stretch.aggregate + gap * (1 - decay));
     }
+    end_sums(sum_over_block(gradient, shared_.sums[1]), sum_over_block(aggregate, shared_.sums[2]));
   }
-
-  // The last s of the row's chunks, to the leader.
-  __device__ __forceinline__ void hand_on(const Acc* s, int mine) {
-    const int64_t left = team_.parts.chunks - tile_ * kTileChunks;
-    if (thread() != (left - 1) / kThreadChunks) return;
-    Acc last = s[kC - 1];
-#pragma unroll
-    for (int c = 1; c < kThreadChunks; ++c)
-      if (c < mine) last = s[c * kC + kC - 1];
-    shared_.last = last;
+  __device__ __forceinline__ void end_sums(double share, double aggregate) {
+    if (thread() != 0) return;
+    AlphaSums tile = shared_.end.value();
+    tile.share = share;
+    tile.aggregate = aggregate;
+    if (tile_ == 0)
+      team_.walk.sums.prepend(tile);
+    else
+      team_.walk.sums = tile;
   }
 
   const Arguments& arguments_;
@@ -179,15 +192,43 @@ struct SplitRows {
   Team& team_;
   const int64_t tile_;
   const bool ends_;
-  const Moves moves_;
+  const Stage<T> moves_;
+  // From the first sample of the warp, and of the tile, to the thread's.
+  const Power<Acc> lane_, thread_;
 };
 
+// Before SplitRows, a thread per row: its team's knowledge, and the walk to where its chunks begin.
+template <class T>
+struct SplitHeads {
+  static constexpr int kThreads = kWarp;
+  static constexpr int kMinBlocks = 1;
+  using Split = SplitRows<T>;
+  using Arguments = typename Split::Arguments;
+  struct Shared {};
+
+  static __device__ void run(const Arguments& arguments, Shared&) {
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + thread();
+    if (index < arguments.scan.rows)
+      new (arguments.teams + index) typename Split::Team(arguments.scan, index, true);
+  }
+};
+
+// The stretches of the first `count` lanes, joined in the first.
+__device__ __forceinline__ AlphaSums join_lanes(AlphaSums sums, int count) {
+#pragma unroll 1
+  for (int by = 1; by < kWarp; by *= 2) {
+    const AlphaSums past = shuffle_down(sums, by, kWarp);
+    if (thread() % kWarp + by < count) sums.prepend(past);
+  }
+  return sums;
+}
+
 // The gradient to alpha of each split row, from the sums of its tiles: a block per row.
-template <class Storage, bool kAligned>
+template <class T>
 struct SplitSums {
   static constexpr int kThreads = kBlockThreads;
   static constexpr int kMinBlocks = 1;
-  using Split = SplitRows<Storage, kAligned, true>;
+  using Split = SplitRows<T>;
   using Arguments = typename Split::Arguments;
   struct Shared {
     Uninitialized<AlphaSums> sums[kThreads / kWarp];
@@ -195,13 +236,11 @@ struct SplitSums {
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
     const Scan& scan = arguments.scan;
-    const int64_t index = blockIdx.x, stride = arguments.tiles;
-    const RowOffsets at(scan, index);
-    const Row<Storage> row(scan, at);
-    const int64_t tiles =
-        row.decay.fits() ? Split::tiles(Parts::of<Storage, kAligned>(row, scan)) : 1;
+    const int64_t index = blockIdx.x;
+    const auto& team = arguments.teams[index].value();
+    const int64_t tiles = Split::tiles(team.parts);
     const int64_t each = (tiles + kThreads - 1) / kThreads, begin = thread() * each;
-    const AlphaSums* const from = arguments.sums + index * stride;
+    const AlphaSums* const from = arguments.sums + index * arguments.tiles;
     AlphaSums mine;
 #pragma unroll 1
     for (int64_t t = begin; t < begin + each && t < tiles; ++t) {
@@ -212,13 +251,13 @@ struct SplitSums {
     }
     const int64_t threads = (tiles + each - 1) / each;  // that have some
     const int lanes = static_cast<int>(threads - thread() / kWarp * kWarp);
-    mine = join_lanes<kWarp>(mine, lanes);
+    mine = join_lanes(mine, lanes);
     if (thread() % kWarp == 0) shared.sums[thread() / kWarp].value() = mine;
     __syncthreads();
     if (thread() != 0) return;
 #pragma unroll 1
     for (int w = 1; w * kWarp < threads; ++w) mine.prepend(shared.sums[w].value());
-    row.write_gradient(scan, at, mine);
+    team.row.write_gradient(scan, team.at, mine);
   }
 };
 

@@ -71,15 +71,16 @@ struct Chunk {
     return chunk;
   }
 
-  // The chunk as it is, or its samples from last to first.
-  static __device__ __forceinline__ uint4 turned(const uint4& chunk, bool turn) {
-    constexpr unsigned kKeep = 0x3210, kTake = 0x7654, kTakeSwapped = 0x5476;
-    const unsigned take = turn ? (sizeof(Sample) == 2 ? kTakeSwapped : kTake) : kKeep;
+  // For `turned`: the chunk as it is, or its samples from last to first.
+  static __device__ __forceinline__ unsigned order(bool backward) {
+    return !backward ? 0x3210 : sizeof(Sample) == 2 ? 0x5476 : 0x7654;
+  }
+  static __device__ __forceinline__ uint4 turned(const uint4& chunk, unsigned order) {
     if constexpr (sizeof(Sample) == 8)
-      return {__byte_perm(chunk.x, chunk.z, take), __byte_perm(chunk.y, chunk.w, take),
-              __byte_perm(chunk.z, chunk.x, take), __byte_perm(chunk.w, chunk.y, take)};
-    return {__byte_perm(chunk.x, chunk.w, take), __byte_perm(chunk.y, chunk.z, take),
-            __byte_perm(chunk.z, chunk.y, take), __byte_perm(chunk.w, chunk.x, take)};
+      return {__byte_perm(chunk.x, chunk.z, order), __byte_perm(chunk.y, chunk.w, order),
+              __byte_perm(chunk.z, chunk.x, order), __byte_perm(chunk.w, chunk.y, order)};
+    return {__byte_perm(chunk.x, chunk.w, order), __byte_perm(chunk.y, chunk.z, order),
+            __byte_perm(chunk.z, chunk.y, order), __byte_perm(chunk.w, chunk.x, order)};
   }
 };
 
@@ -121,6 +122,7 @@ template <class T>
 struct Uninitialized {
   alignas(T) unsigned char bytes[sizeof(T)];
   __device__ __forceinline__ T& value() { return *reinterpret_cast<T*>(bytes); }
+  __device__ __forceinline__ const T& value() const { return *reinterpret_cast<const T*>(bytes); }
 };
 
 static __device__ __forceinline__ bool finite(double value) {

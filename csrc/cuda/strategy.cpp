@@ -137,10 +137,11 @@ int lane_axis(const Problem& problem) {
 Plan make_plan(const Scan& scan, const Device& device) {
   if (scan.varying || scan.op == Op::kLinearRecurrenceBackward) return varying_plan(scan, device);
   if (touch(scan)) return lanes_plan(scan, device);
-  const int64_t items = kThreadChunks * (16 / bytes_of(scan.x.dtype));
+  const int64_t bytes = bytes_of(scan.x.dtype), samples = 16 / bytes;
+  const bool gradient = scan.grad_coefficient.data != nullptr, aligned = is_aligned(scan, true);
+  const int64_t items = samples * thread_chunks(bytes, aligned, gradient);
   const int64_t tile = items * kBlockThreads;
-  const int64_t tiles = std::max<int64_t>(
-      1, ceil_div(scan.length / (items / kThreadChunks), kThreadChunks * kBlockThreads));
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(scan.length / samples, tile / samples));
   const bool few = scan.rows < kRowsPerMultiprocessor * device.multiprocessors;
   if (few && scan.length >= kSplitTiles * tile)
     return {Strategy::kSplitRows, kBlockThreads, is_aligned(scan, true),

@@ -15,108 +15,90 @@
 
 namespace ema_ext::cuda {
 
-// The chunks of a thread, of `left` from its first one on: kThreadChunks only of the last that
-// there is, more where others follow.
+// The chunks of a thread, of `left` from its first one on: T::kChunks only of the last that there
+// is, more where others follow.
+template <class T>
 __device__ __forceinline__ int own_chunks(int64_t left) {
-  return static_cast<int>(left > kThreadChunks ? kThreadChunks + 1 : left < 0 ? 0 : left);
+  return static_cast<int>(left > T::kChunks ? T::kChunks + 1 : left < 0 ? 0 : left);
 }
 
-template <class Storage>
-constexpr int kGroup = Chunk<Storage>::kSamples < 4 ? Chunk<Storage>::kSamples : 4;
-
-template <class Storage, int kTeam>
-struct TileShape {
-  static constexpr int kItems = kThreadChunks * Chunk<Storage>::kSamples;
-  static constexpr int kLanes = kTeam < kWarp ? kTeam : kWarp;
-  static constexpr int kWarps = kTeam / kLanes;
-  static constexpr int kTile = kTeam * kItems;
-  static constexpr int kSteps = kLanes == 32 ? 5 : kLanes == 16 ? 4 : 3;
-  static_assert(kLanes == 1 << kSteps);
-};
+// The last of a thread's samples that are there.
+template <class T>
+__device__ __forceinline__ typename T::Acc last_of(const typename T::Acc* items, int chunks) {
+  typename T::Acc last = items[T::kSamples - 1];
+#pragma unroll
+  for (int c = 1; c < T::kChunks; ++c)
+    if (c < chunks) last = items[c * T::kSamples + T::kSamples - 1];
+  return last;
+}
 
 // The powers of a row's coefficient, shared by the threads of its team.
-template <class Storage, int kTeam>
+template <class T>
 struct TilePowers {
-  using Acc = typename Storage::Acc;
-  using Shape = TileShape<Storage, kTeam>;
+  using Acc = typename T::Acc;
 
-  Acc in, out;
-  Acc alpha;                        // of an average
-  Acc powers[kGroup<Storage> + 1];  // c^i
-  double steps[Shape::kSteps];      // c^(kItems 2^i): over the lanes of a shuffle
-  double warp;                      // c^(kItems kLanes): over a warp
-  double tile, drop;                // over a tile, and 1 less it
-  bool forgets;                     // c = 0
+  Acc in;
+  Acc alpha;                      // of an average
+  Acc powers[T::kGroup + 1];      // c^i
+  Acc groups[T::kGroups];         // c^(kGroup i)
+  Power<Acc> lanes[T::kSteps];    // over kItems 2^i samples: the lanes of a shuffle
+  Power<Acc> warps[kBlockSteps];  // over 2^i warps
+  Power<Acc> tile;                // over a tile
+  double chunks[T::kChunks + 1];  // c^(kSamples i)
 
-  __device__ explicit TilePowers(const Row<Storage>& row)
+  __device__ explicit TilePowers(const Row<typename T::Storage>& row)
       : in(static_cast<Acc>(row.in)),
-        out(static_cast<Acc>(row.out)),
         alpha(static_cast<Acc>(row.decay.complement())),
-        warp(row.decay.power(Shape::kItems * Shape::kLanes)),
-        tile(row.decay.power(Shape::kTile)),
-        drop(row.decay.drop(Shape::kTile)),
-        forgets(row.decay.ratio() == 0) {
+        tile(row.decay.over(T::kTile)) {
+    const auto& decay = row.decay;
 #pragma unroll 1
-    for (int i = 0; i <= kGroup<Storage>; ++i) powers[i] = static_cast<Acc>(row.decay.power(i));
+    for (int i = 0; i <= T::kGroup; ++i) powers[i] = static_cast<Acc>(decay.power(i));
 #pragma unroll 1
-    for (int i = 0; i < Shape::kSteps; ++i) steps[i] = row.decay.power(Shape::kItems << i);
+    for (int i = 0; i < T::kGroups; ++i) groups[i] = static_cast<Acc>(decay.power(i * T::kGroup));
+#pragma unroll 1
+    for (int i = 0; i < T::kSteps; ++i) lanes[i] = decay.over(T::kItems << i);
+#pragma unroll 1
+    for (int i = 0; i < kBlockSteps; ++i)
+      warps[i] = decay.over(static_cast<int64_t>(T::kItems * T::kLanes) << i);
+#pragma unroll 1
+    for (int i = 0; i <= T::kChunks; ++i) chunks[i] = decay.power(i * T::kSamples);
   }
 
   // From the first sample of `threads` threads to the first after them.
-  __device__ double over_threads(int threads, const Decay<Acc>& decay) const {
-    return decay.power(static_cast<int64_t>(threads) * Shape::kItems);
-  }
-
-  // Over the first chunks of a thread, fewer than it has room for.
-  __device__ double over_chunks(int chunks) const {
-    double chunk = 1;
-#pragma unroll
-    for (int g = 0; g < Chunk<Storage>::kSamples; g += kGroup<Storage>)
-      chunk *= powers[kGroup<Storage>];
-    double power = 1;
-#pragma unroll
-    for (int c = 0; c < kThreadChunks; ++c)
-      if (c < chunks) power *= chunk;
-    return power;
-  }
-
-  // power * state, as step by step: a power that underflows leaves an infinite state infinite.
-  __device__ __forceinline__ double carried(double power, double state) const {
-    if (finite(state)) return power * state;
-    return (forgets ? 0 : copysign(1.0, power)) * state;
+  static __device__ Power<Acc> over_threads(int64_t threads, const Decay<Acc>& decay) {
+    return decay.over(threads * T::kItems);
   }
 };
 
-// q[i]: each group scanned from zero. `drive` is the first sample's, as `in` does not apply to it
-// at the start of a row. Returns the thread's aggregate.
-template <class Storage, int kTeam>
-__device__ __forceinline__ typename Storage::Acc scan_groups(const typename Storage::Acc* x,
-                                                             typename Storage::Acc first,
-                                                             const TilePowers<Storage, kTeam>& k,
-                                                             typename Storage::Acc* q) {
-  constexpr int kG = kGroup<Storage>;
-  typename Storage::Acc aggregate = 0;
+// q[i]: each group scanned from zero. `first` is the first sample's drive, to which `in` does not
+// apply at the start of a row. Returns the thread's aggregate.
+template <class T>
+__device__ __forceinline__ typename T::Acc scan_groups(const typename T::Acc* x,
+                                                       typename T::Acc first,
+                                                       const TilePowers<T>& k, typename T::Acc* q) {
+  typename T::Acc aggregate = 0;
 #pragma unroll
-  for (int g = 0; g < TileShape<Storage, kTeam>::kItems; g += kG) {
+  for (int g = 0; g < T::kItems; g += T::kGroup) {
     q[g] = g == 0 ? first : k.in * x[g];
 #pragma unroll
-    for (int i = 1; i < kG; ++i) q[g + i] = fma(k.powers[1], q[g + i - 1], k.in * x[g + i]);
-    aggregate = fma(k.powers[kG], aggregate, q[g + kG - 1]);
+    for (int i = 1; i < T::kGroup; ++i) q[g + i] = fma(k.powers[1], q[g + i - 1], k.in * x[g + i]);
+    aggregate = fma(k.powers[T::kGroup], aggregate, q[g + T::kGroup - 1]);
   }
   return aggregate;
 }
 
-// s[i] in place of q[i], from the state before the thread's first sample.
-template <class Storage, int kTeam>
-__device__ __forceinline__ void add_state(typename Storage::Acc state,
-                                          const TilePowers<Storage, kTeam>& k,
-                                          typename Storage::Acc* q) {
-  constexpr int kG = kGroup<Storage>;
+// s[i] in place of q[i], from the state before the thread's first sample. Each group takes it by a
+// power of its own, so that roundings do not add up from group to group.
+template <class T>
+__device__ __forceinline__ void add_state(typename T::Acc state, const TilePowers<T>& k,
+                                          typename T::Acc* q) {
+  typename T::Acc from_zero = 0;
 #pragma unroll
-  for (int g = 0; g < TileShape<Storage, kTeam>::kItems; g += kG) {
+  for (int g = 0; g < T::kItems; g += T::kGroup) {
+    const auto before = g == 0 ? state : fma(k.groups[g / T::kGroup], state, from_zero);
+    from_zero = fma(k.powers[T::kGroup], from_zero, q[g + T::kGroup - 1]);
 #pragma unroll
-    for (int i = 0; i < kG; ++i) q[g + i] = fma(k.powers[i + 1], state, q[g + i]);
-    state = q[g + kG - 1];
+    for (int i = 0; i < T::kGroup; ++i) q[g + i] = fma(k.powers[i + 1], before, q[g + i]);
   }
 }
 
@@ -126,88 +108,84 @@ struct FromZero {
   double tile;
 };
 
-// Teams of a warp or less: no barrier.
-template <class Storage, int kTeam>
-__device__ __forceinline__ FromZero scan_lanes(double aggregate,
-                                               const TilePowers<Storage, kTeam>& k) {
-  using K = TileShape<Storage, kTeam>;
-  const int rank = thread() % K::kLanes;
+// Scans one value of each of kWidth lanes; `powers` over 1, 2, 4, ... of them.
+template <int kWidth, int kSteps, class Acc>
+__device__ __forceinline__ double scan_shuffled(double value, const Power<Acc>* powers) {
 #pragma unroll
-  for (int i = 0; i < K::kSteps; ++i) {
-    const double before = __shfl_up_sync(kAllLanes, aggregate, 1 << i, K::kLanes);
-    if (rank >= 1 << i) aggregate += k.carried(k.steps[i], before);
+  for (int i = 0; i < kSteps; ++i) {
+    const double before = __shfl_up_sync(kAllLanes, value, 1 << i, kWidth);
+    if (thread() % kWidth >= 1 << i) value = powers[i].join(value, before);
   }
-  const double before = __shfl_up_sync(kAllLanes, aggregate, 1, K::kLanes);
-  return {rank == 0 ? 0 : before, __shfl_sync(kAllLanes, aggregate, K::kLanes - 1, K::kLanes)};
+  return value;
 }
 
-// The whole block: one barrier. `aggregates` is left alone until the next call but one.
-template <class Storage, int kTeam>
-__device__ __forceinline__ FromZero scan_block(double aggregate, double lane_power,
-                                               const TilePowers<Storage, kTeam>& k,
-                                               double* aggregates) {
-  using K = TileShape<Storage, kTeam>;
-  const int warp = thread() / kWarp;
+// Teams of a warp or less: no barrier.
+template <class T>
+__device__ __forceinline__ FromZero scan_lanes(double aggregate, const TilePowers<T>& k) {
+  aggregate = scan_shuffled<T::kLanes, T::kSteps>(aggregate, k.lanes);
+  const double before = __shfl_up_sync(kAllLanes, aggregate, 1, T::kLanes);
+  return {thread() % T::kLanes == 0 ? 0 : before,
+          __shfl_sync(kAllLanes, aggregate, T::kLanes - 1, T::kLanes)};
+}
+
+// The whole block: one barrier. `lane` is over the lanes before this one. `aggregates` is left
+// alone until the next call but one.
+template <class T>
+__device__ __forceinline__ FromZero scan_block(double aggregate, const Power<typename T::Acc>& lane,
+                                               const TilePowers<T>& k, double* aggregates) {
   FromZero zero = scan_lanes(aggregate, k);
-  if (thread() % kWarp == 0) aggregates[warp] = zero.tile;
+  if (thread() % kWarp == 0) aggregates[thread() / kWarp] = zero.tile;
   __syncthreads();
-  double before = 0;
-  zero.tile = 0;
-#pragma unroll
-  for (int w = 0; w < K::kWarps; ++w) {
-    if (w == warp) before = zero.tile;
-    zero.tile = aggregates[w] + k.carried(k.warp, zero.tile);
-  }
-  zero.before += k.carried(lane_power, before);
+  const double warps =
+      scan_shuffled<kBlockWarps, kBlockSteps>(aggregates[thread() % kBlockWarps], k.warps);
+  const int warp = thread() / kWarp;
+  const double before = __shfl_sync(kAllLanes, warps, warp - 1, kBlockWarps);
+  zero.tile = __shfl_sync(kAllLanes, warps, kBlockWarps - 1, kBlockWarps);
+  if (warp > 0) zero.before = lane.join(zero.before, before);
   return zero;
 }
 
-// The gradient to alpha of a thread's samples, from their adjoints s (in units of alpha * lambda)
-// and the forward's x, of which `chunks` chunks are there. Against the scan's time, from the last
-// sample to the first, x runs through the average itself.
-template <class Storage, int kTeam>
-__device__ __forceinline__ AlphaSums alpha_sums(const typename Storage::Acc* x,
-                                                const typename Storage::Acc* s, int chunks,
-                                                const TilePowers<Storage, kTeam>& k) {
-  using Acc = typename Storage::Acc;
-  constexpr int kG = kGroup<Storage>, kC = Chunk<Storage>::kSamples;
-  constexpr int kItems = TileShape<Storage, kTeam>::kItems;
-  AlphaSums sums;
-  Acc reference = x[kC - 1];
+// What a thread's samples contribute to the gradient to alpha, but for the samples after them.
+//
+// As alpha_sums.h, with kappa for the weight of all that comes later in the forward's time, that is
+// earlier in the scan's: kappa[n] = lambda[n] + c * kappa[n+1]. It is scanned like lambda, and then
+// every thread adds its own stretch to the gradient, as one put before all that is later.
+template <class T>
+struct Stretch {
+  using Acc = typename T::Acc;
+  double share = 0;
+  Acc weight = 0, aggregate = 0, reference;
+
+  // From the adjoints s (in units of alpha * lambda) and the forward's x, of which `chunks` chunks
+  // are there. Against the scan's time, x runs through the average itself.
+  __device__ __forceinline__ Stretch(const Acc* x, const Acc* s, int chunks, const TilePowers<T>& k)
+      : reference(last_of<T>(x, chunks)) {
+    constexpr int kC = T::kSamples;
 #pragma unroll
-  for (int c = 1; c < kThreadChunks; ++c)
-    if (c < chunks) reference = x[c * kC + kC - 1];
-  Acc weight = 0, q = 0;
+    for (int c = T::kChunks - 1; c >= 0; --c) {
+      if (c >= chunks) continue;
+      Acc sum = 0;
 #pragma unroll
-  for (int g = 0; g < kItems; g += kG) {
-    if (g / kC < chunks) {
-      Acc w = s[g];
-#pragma unroll
-      for (int i = 1; i < kG; ++i) w = fma(k.powers[1], w, s[g + i]);
-      weight = fma(k.powers[kG], weight, w);
-    }
-  }
-#pragma unroll
-  for (int g = kItems - kG; g >= 0; g -= kG) {
-    if (g / kC < chunks) {
-      Acc share = 0, own = 0;  // own: the group's average from zero
-#pragma unroll
-      for (int i = kG - 1; i >= 0; --i) {
-        const Acc from_reference = x[g + i] - reference;
-        const Acc before = fma(k.powers[kG - 1 - i], q, own);
-        share = fma(s[g + i], from_reference - before, share);
-        own = fma(k.powers[1], own, k.alpha * from_reference);
+      for (int i = c * kC + kC - 1; i >= c * kC; --i) {
+        const Acc innovation = x[i] - reference - aggregate;
+        sum = fma(s[i], innovation, sum);
+        aggregate = fma(k.alpha, innovation, aggregate);
       }
-      q = fma(k.powers[kG], q, own);
-      sums.share += share;
+      share += sum;
+    }
+#pragma unroll
+    for (int c = 0; c < T::kChunks; ++c) {
+      if (c >= chunks) continue;
+#pragma unroll
+      for (int i = c * kC; i < c * kC + kC; ++i) weight = fma(k.powers[1], weight, s[i]);
     }
   }
-  sums.reference = reference;
-  sums.weight = weight;
-  sums.aggregate = q;
-  sums.decay = chunks >= kThreadChunks ? k.steps[0] : k.over_chunks(chunks);
-  return sums;
-}
+
+  // With kappa and the reference of the samples just before in the scan.
+  __device__ __forceinline__ double gradient(double kappa, Acc other) const {
+    return share - (aggregate + (static_cast<double>(reference) - other)) * kappa;
+  }
+};
 
 __device__ __forceinline__ AlphaSums shuffle_down(const AlphaSums& sums, int by, int width) {
   return {__shfl_down_sync(kAllLanes, sums.reference, by, width),
@@ -217,16 +195,23 @@ __device__ __forceinline__ AlphaSums shuffle_down(const AlphaSums& sums, int by,
           __shfl_down_sync(kAllLanes, sums.decay, by, width)};
 }
 
-// The stretches of the first `count` threads of a team of kLanes, joined in the first.
+// A sum over the threads of a team of a warp or less, in one order, to all of them.
 template <int kLanes>
-__device__ __forceinline__ AlphaSums join_lanes(AlphaSums sums, int count) {
-  const int rank = thread() % kLanes;
+__device__ __forceinline__ double sum_over_lanes(double value) {
 #pragma unroll
-  for (int by = 1; by < kLanes; by *= 2) {
-    const AlphaSums past = shuffle_down(sums, by, kLanes);
-    if (rank + by < count) sums.prepend(past);
-  }
-  return sums;
+  for (int by = kLanes / 2; by > 0; by /= 2) value += __shfl_xor_sync(kAllLanes, value, by, kLanes);
+  return value;
+}
+
+// The same over a block: one barrier. `warps` is left alone until the next.
+__device__ __forceinline__ double sum_over_block(double value, double* warps) {
+  value = sum_over_lanes<kWarp>(value);
+  if (thread() % kWarp == 0) warps[thread() / kWarp] = value;
+  __syncthreads();
+  double sum = 0;
+#pragma unroll
+  for (int w = 0; w < kBlockWarps; ++w) sum += warps[w];
+  return sum;
 }
 
 }  // namespace ema_ext::cuda

@@ -6,18 +6,21 @@
 
 namespace ema_ext::cuda {
 
-// Chunks of 16 bytes that a thread holds of each tensor: with 32 bytes on their way for each of 768
-// threads a multiprocessor has 24 kB in flight, and more would not leave registers for that many.
-constexpr int kThreadChunks = 2;
+// Chunks of 16 bytes that a thread holds of each tensor: with 64 bytes on their way for each of 512
+// threads a multiprocessor has 32 kB in flight, and what a scan costs per thread is shared by many
+// samples. Half as many where there would not be registers for the samples.
+constexpr int thread_chunks(int64_t sample_bytes, bool aligned, bool gradient) {
+  return sample_bytes == 2 && (gradient || !aligned) ? 2 : 4;
+}
 
 // Threads of a block in every kernel. Eight warps share one carry per tile.
 constexpr int kBlockThreads = 256;
 constexpr int kBlockWarps = kBlockThreads / 32;
+constexpr int kBlockSteps = 3;  // of a shuffled scan over the warps
+static_assert(kBlockWarps == 1 << kBlockSteps);
 
-// Blocks per multiprocessor that the registers of a kernel must leave room for: 80 registers a
-// thread for a scan, 128 where two tensors are held at once.
-constexpr int kScanBlocks = 3;
-constexpr int kGradientBlocks = 2;
+// Blocks per multiprocessor that the registers of a kernel must leave room for: 128 a thread.
+constexpr int kBlocksPerMultiprocessor = 2;
 
 // Rows up to this many tiles of 8 threads are scanned by 8 threads, four rows a warp: a warp would
 // be half empty.

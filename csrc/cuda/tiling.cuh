@@ -1,0 +1,35 @@
+// How a tile is shared by the threads of a team: the constants that its parts agree on.
+#pragma once
+
+#include "cuda/storage.cuh"
+#include "cuda/tuning.h"
+
+namespace ema_ext::cuda {
+
+template <class Storage_, int kTeam_, bool kAligned_, bool kGradient_>
+struct Tiling {
+  using Storage = Storage_;
+  using Sample = typename Storage::Sample;
+  using Acc = typename Storage::Acc;
+  static constexpr int kTeam = kTeam_;           // threads
+  static constexpr bool kAligned = kAligned_;    // samples move 16 bytes at a time
+  static constexpr bool kGradient = kGradient_;  // to alpha, and so the forward's x is read as well
+
+  static constexpr int kSamples = Chunk<Storage>::kSamples;                           // of a chunk
+  static constexpr int kChunks = thread_chunks(sizeof(Sample), kAligned, kGradient);  // of a thread
+  static constexpr int kItems = kChunks * kSamples;
+  static constexpr int kGroup = 4;  // samples that are scanned by c itself
+  static constexpr int kGroups = kItems / kGroup;
+  static_assert(kItems % kGroup == 0);
+
+  static constexpr int kLanes = kTeam < kWarp ? kTeam : kWarp;
+  static constexpr int kWarps = kTeam / kLanes;
+  static constexpr bool kBlock = kWarps > 1;
+  static constexpr int kSteps = kLanes == 32 ? 5 : 3;  // of a shuffled scan over the lanes
+  static_assert(kLanes == 1 << kSteps && (kWarps == 1 || kWarps == kBlockWarps));
+  static constexpr int kWarpChunks = kLanes * kChunks;
+  static constexpr int kTileChunks = kTeam * kChunks;
+  static constexpr int kTile = kTeam * kItems;
+};
+
+}  // namespace ema_ext::cuda
