@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
-from machine import check_machine, find_cuda  # noqa: E402
+from machine import check_machine, find_cuda, gencode_flags  # noqa: E402
 
 STABLE_ABI = "0x020d000000000000"  # of torch 2.13: the library loads in that and every later one
 GENERATED = ROOT / "build" / "generated"
@@ -76,7 +76,8 @@ def configure() -> dict:
         # torch code and link a static runtime of their own, so that any torch will do.
         cpp_extension.CUDA_HOME = cuda.home
         cpp_extension._check_cuda_version = lambda *_: None
-        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda.archs
+        jobs = max(1, (os.cpu_count() or 1) // len(sources("csrc/cuda/dtypes/*.cu")))
+        library.extra_compile_args["nvcc"] += [*gencode_flags(cuda.archs), f"--threads={jobs}"]
     return {"ext_modules": [library], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 

@@ -111,7 +111,8 @@ def seconds(gpu: Gpu, moves: Pass, kernel: Kernel, shape: Shape, sample: int) ->
     issued = work * kernel.per_byte / (gpu.multiprocessors * LANES * gpu.clock * ISSUE)
     doubles = work * kernel.doubles / (gpu.multiprocessors * gpu.doubles * gpu.clock)
     anchors = x / kernel.tile / LOOK_BACK * HOP if shape.split else 0
-    launches = 1 + shape.split * (1 + moves.gradient)  # clearing; the sums of a split row
+    # Of a split row: clearing the workspace, the heads, the tiles and, if wanted, their sums.
+    launches = 3 + moves.gradient if shape.split else 1
     return launches * LAUNCH + LATENCY + max(copying(gpu, work), issued, doubles, anchors)
 
 
@@ -137,9 +138,9 @@ def table(counts: dict[tuple[str, str], Kernel], dtype: str, given: Kernel | Non
         for moves in PASSES:
             cells = []
             for shape in SHAPES:
-                team = "" if shape.split else " 32,"
-                family = "SplitRows" if shape.split else "RowTiles"
-                name = f"{family}<{storage[dtype]},{team} true, {str(moves.gradient).lower()}>"
+                family, team = ("SplitRows", 256) if shape.split else ("RowTiles", 32)
+                tiling = f"{storage[dtype]}, {team}, true, {str(moves.gradient).lower()}"
+                name = f"{family}<Tiling<{tiling}>>"
                 kernel = given or counts[name, gpu.arch]
                 time = seconds(gpu, moves, kernel, shape, sample)
                 cells.append(

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from platform import machine, system
 
 CUDA_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # Turing to Blackwell
+#: The architectures that PTX is made for: each other one is compiled from the last before it, which
+#: spares nvcc's front end, the larger half of the time.
+PTX_ARCHS = ["7.5", "8.0", "9.0"]
 
 
 def check_machine() -> None:
@@ -35,9 +38,30 @@ class Cuda:
     reason: str
     nvcc: str = ""
     home: str = ""
-    archs: str = ""
+    archs: str = ""  # as TORCH_CUDA_ARCH_LIST has them
     include_dirs: list[str] = field(default_factory=list)
     library_dirs: list[str] = field(default_factory=list)
+
+
+def gencode_flags(archs: str) -> list[str]:
+    """nvcc's flags for such a list: 8.6+PTX asks for code for 8.6, and PTX for what is newer."""
+
+    def number(arch: str) -> tuple[int, ...]:
+        return tuple(map(int, re.findall(r"\d+", arch)))
+
+    codes: dict[str, list[str]] = {}
+    for entry in re.split(r"[\s;]+", archs.strip()):
+        arch = entry.removesuffix("+PTX")
+        base = max(
+            (ptx for ptx in PTX_ARCHS if number(ptx) <= number(arch)), key=number, default=arch
+        )
+        if not arch[-1].isdigit():  # 9.0a: code for that machine alone
+            base = arch
+        base, arch = base.replace(".", ""), arch.replace(".", "")
+        codes.setdefault(base, []).append(f"sm_{arch}")
+        if entry.endswith("+PTX"):
+            codes[base].append(f"compute_{base}")
+    return [f"-gencode=arch=compute_{base},code=[{','.join(code)}]" for base, code in codes.items()]
 
 
 def find_cuda(torch_cuda: str | None) -> Cuda:

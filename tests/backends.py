@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
-class _SeedsOfTheCpu(TorchFunctionMode):
+class SeedsOfTheCpu(TorchFunctionMode):
     """Numbers drawn by a generator of the CPU are drawn there, and go to the default device."""
 
     def __torch_function__(
@@ -34,6 +34,6 @@ def choose(name: str) -> None:
         executor.take_over().set_from(os.environ.get("EMA_EXT_EXECUTOR", ""))
     elif name == "cuda":
         torch.set_default_device("cuda")
-        _SeedsOfTheCpu().__enter__()
+        SeedsOfTheCpu().__enter__()
     elif name != "cpu":
         raise ValueError(f"EMA_EXT_BACKEND must be cpu, cuda or executor, and is {name!r}")

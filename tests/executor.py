@@ -6,6 +6,7 @@ Objects are kept in build/cuda_executor, by what they are made of.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import re
@@ -17,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+import ema_ext  # noqa: F401 - registers the schemas
 
 ROOT = Path(__file__).parent.parent
 SOURCES = Path(__file__).parent / "cuda_executor"
@@ -25,7 +29,7 @@ BUILD = ROOT / "build" / "cuda_executor"
 SCHEDULES = ("in order", "reversed", "random")
 
 #: Of what runs in a kernel. Volatile accesses are messages, and are told apart; that a function
-#: begins or ends is no access; tests know of signed overflow by their values.
+#: begins or ends is no access.
 KERNEL_FLAGS = [
     *("-include", "intrinsics.h"),  # before the toolkit's own, as nvcc does
     "-fsanitize=thread",
@@ -159,57 +163,57 @@ def build(name: str, units: list[Unit], link: list[str]) -> Path:
     return library
 
 
-def machine_units(headers: Path, *defines: str) -> list[Unit]:
-    """The executor itself, without kernels."""
-    flags = [*COMMON_FLAGS, *defines, "-isystem", str(headers)]
-    return [
-        Unit(SOURCES / name, flags, [SOURCES])
-        for name in ("machine.cpp", "shadow.cpp", "hooks.cpp", "control.cpp")
-    ]
+def has_boost() -> bool:
+    """Whether Boost.Context can be linked; fiber.h takes glibc's ucontext where it cannot."""
+    name = "libboost_context.so"
+    command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
+    return subprocess.check_output(command, text=True).strip() != name
 
 
-def fiber_library(defines: tuple[str, ...] = ()) -> list[str]:
-    """Boost.Context where its headers are, as fiber.h decides."""
-    boost = Path("/usr/include/boost/context").exists() and not defines
-    return ["-lboost_context"] if boost else []
+def machine(headers: Path, boost: bool) -> tuple[list[Unit], list[str]]:
+    """The executor itself, without kernels, and what it is linked with."""
+    fibers = [] if boost else ["-DEXECUTOR_UCONTEXT"]
+    flags = [*COMMON_FLAGS, *fibers, "-isystem", str(headers)]
+    names = ("machine.cpp", "shadow.cpp", "hooks.cpp", "control.cpp")
+    units = [Unit(SOURCES / name, flags, [SOURCES / "include", SOURCES]) for name in names]
+    return units, ["-lboost_context"] if boost else []
 
 
-def build_examples(headers: Path, *defines: str) -> Path:
+def build_examples(headers: Path, boost: bool | None = None) -> Path:
     """The library of examples.cpp."""
     flags = [*COMMON_FLAGS, *KERNEL_FLAGS, "-isystem", str(headers)]
     examples = Unit(SOURCES / "examples.cpp", flags, [SOURCES / "include", SOURCES])
-    units = [*machine_units(headers, *defines), examples]
-    return build("examples", units, fiber_library(defines))
+    units, link = machine(headers, has_boost() if boost is None else boost)
+    return build("examples", [*units, examples], link)
 
 
 def build_operators(headers: Path) -> Path:
     """The library that registers ema_ext_executor."""
-    import torch
-    from torch.utils import cpp_extension
-
     csrc = ROOT / "csrc"
     torch_flags = [
-        *("-O1", "-isystem", cpp_extension.include_paths()[0]),
+        *("-O1", "-isystem", str(Path(torch.__file__).parent / "include")),
         "-DTORCH_TARGET_VERSION=0x020d000000000000",
         "-Wno-missing-field-initializers",
     ]
     host = [*COMMON_FLAGS, "-isystem", str(headers), *torch_flags]
     kernel = [*COMMON_FLAGS, *KERNEL_FLAGS, "-Wno-unknown-pragmas", "-isystem", str(headers)]
-    include = [SOURCES / "include", SOURCES, csrc]
+    seen = [SOURCES / "include", csrc]
+    include = [*seen, SOURCES]
     kernels = [
         path
         for path in sorted((csrc / "cuda").rglob("*"))
         if path.suffix in (".cpp", ".cu") and path.name not in NOT_FOR_THE_EXECUTOR
     ]
+    executor, link = machine(headers, has_boost())
     units = [
-        *machine_units(headers),
+        *executor,
         Unit(SOURCES / "binding.cpp", host, include),
         Unit(csrc / "arguments.cpp", host, include),
-        *(Unit(path, kernel, include) for path in kernels),
+        *(Unit(path, kernel, seen) for path in kernels),
     ]
     libraries = Path(torch.__file__).parent / "lib"
-    link = [f"-L{libraries}", "-ltorch_cpu", f"-Wl,-rpath,{libraries}", "-Wl,-z,defs"]
-    return build("operators", units, [*link, *fiber_library()])
+    link += [f"-L{libraries}", "-ltorch_cpu", f"-Wl,-rpath,{libraries}", "-Wl,-z,defs"]
+    return build("operators", units, link)
 
 
 @dataclass(frozen=True)
@@ -232,6 +236,7 @@ class Executor:
         self.library = ctypes.CDLL(str(library))
         self.library.executor_error.restype = ctypes.c_char_p
         self.library.executor_counts.restype = ctypes.c_char_p
+        self.library.executor_kernels.restype = ctypes.c_char_p
         self.library.executor_trace.restype = ctypes.c_uint64
 
     def set(
@@ -260,9 +265,17 @@ class Executor:
         kinds["checks"] = lambda v: v == "True"
         self.set(**{name: kinds.get(name, int)(value) for name, value in given.items()})
 
+    def plant(self, file: str = "", line: int = 0) -> None:
+        """From now on the barrier or fence of this line is not there: Planted, in executor.h."""
+        self.library.executor_plant(file.encode(), line)
+
     def error(self) -> str:
         """What the last run broke."""
         return self.library.executor_error().decode()
+
+    def kernels(self) -> list[str]:
+        """The names of those that the last run launched."""
+        return self.library.executor_kernels().decode().splitlines()
 
     def trace(self) -> int:
         """A hash of who ran when, in the last launch."""
@@ -275,12 +288,9 @@ class Executor:
         return {name: Count(*map(int, numbers)) for name, *numbers in fields}
 
 
+@functools.cache
 def load_operators() -> Executor:
     """Registers torch.ops.ema_ext_executor.*, the project's CUDA kernels on CPU tensors."""
-    import torch
-
-    import ema_ext  # noqa: F401 - registers the schemas
-
     library = torch.library.Library("ema_ext_executor", "DEF")
     for name in operators():
         packet, _, overload = name.partition(".")
@@ -292,16 +302,12 @@ def load_operators() -> Executor:
 
 def operators() -> list[str]:
     """The names of ema_ext's operators, "ema.Tensor" and so on."""
-    import torch
-
     names = torch._C._dispatch_get_all_op_names()
     return sorted(name.removeprefix("ema_ext::") for name in names if name.startswith("ema_ext::"))
 
 
 def take_over() -> Executor:
     """Lets ema_ext's operators on CPU tensors run the CUDA kernels, for the rest of the process."""
-    import torch
-
     loaded = load_operators()
     library = torch.library.Library("ema_ext", "IMPL")
     with warnings.catch_warnings():

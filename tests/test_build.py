@@ -127,6 +127,26 @@ def test_environment_names_architectures(toolkit: Toolkit, monkeypatch: pytest.M
     assert machine.find_cuda("13.0").archs == "8.0;9.0+PTX"
 
 
+@pytest.mark.parametrize(
+    ("archs", "flags"),
+    [
+        ("7.5", ["-gencode=arch=compute_75,code=[sm_75]"]),
+        ("8.6;8.9+PTX", ["-gencode=arch=compute_80,code=[sm_86,sm_89,compute_80]"]),
+        (
+            "8.0 10.0 12.0+PTX",
+            [
+                "-gencode=arch=compute_80,code=[sm_80]",
+                "-gencode=arch=compute_90,code=[sm_100,sm_120,compute_90]",
+            ],
+        ),
+        ("7.0 9.0a", [f"-gencode=arch=compute_{a},code=[sm_{a}]" for a in ("70", "90a")]),
+    ],
+)
+def test_architectures_share_their_ptx(archs: str, flags: list[str]) -> None:
+    """Catches code for a GPU that nobody asked for, a lost one, and PTX newer than the GPU."""
+    assert machine.gencode_flags(archs) == flags
+
+
 @pytest.mark.parametrize(("release", "loud"), [("12.6", False), ("13.2", False), ("14.0", True)])
 def test_newer_toolkit_is_loud(
     toolkit: Toolkit, capfd: pytest.CaptureFixture[str], release: str, loud: bool

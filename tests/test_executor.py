@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ def test_schedules(library: ex.Executor) -> None:
 
 def test_both_kinds_of_fibers(library: ex.Executor) -> None:
     """Catches a fallback that is never compiled: glibc's ucontext takes the same turns."""
-    other = ex.Executor(ex.build_examples(ex.needed_headers(), "-DEXECUTOR_UCONTEXT"))
+    other = ex.Executor(ex.build_examples(ex.needed_headers(), boost=False))
     x, traces = noise(5 * TILE), []
     for one in (library, other):
         one.set("random", 3, 3)
@@ -180,7 +181,8 @@ def test_loop_without_memory() -> None:
     ex.needed_headers()
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=TESTS,
+        cwd=ex.ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
         capture_output=True,
         text=True,
         timeout=60,

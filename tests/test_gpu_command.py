@@ -84,6 +84,7 @@ def test_failures_show(pretend: Pretend, broken: str, step: str) -> None:
     """Catches a failure that ends in success, and a sanitizer that sees nothing taken for a clean
     one."""
     result = pretend(broken)
+    assert not result["ok"]
     assert [name for name, taken in result["steps"].items() if not taken["ok"]] == [step]
     if "tests" in result["steps"][step]:
         assert result["steps"][step]["failed"] == ["tests.test_a::two"]

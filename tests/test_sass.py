@@ -132,7 +132,9 @@ def test_command(binary: Path, tmp_path: Path) -> None:
 
 
 def test_every_instantiation_is_named_once() -> None:
-    """Catches two entries for one kernel, of which one would be ignored."""
+    """Catches two entries for one kernel, of which one would be ignored, and an unfounded one."""
+    for entry in KERNELS:
+        assert bool(entry.why) == bool(entry.barriers > 1 or entry.narrow or entry.inner)
     names = [name for entry in KERNELS for name in entry]
     assert len(names) == len(set(names))
     assert list(Expected("A<{x,y}, {1,2}>")) == ["A<x, 1>", "A<x, 2>", "A<y, 1>", "A<y, 2>"]
@@ -210,12 +212,35 @@ def test_kernel_without_a_loop() -> None:
     assert (main.trip.instructions, main.trip.doubles, main.trip.bytes) == (6, 2, 32)
 
 
+def test_peeled_trip() -> None:
+    """Catches the first trip, taken out of the loop by the compiler, in place of the loop."""
+    main = main_loop(code(LOAD, STORE, LOAD, "FADD R4,R4,R6", STORE, "@P0 BRA 0x20", "EXIT"))
+    assert main.is_loop
+    assert (main.trip.instructions, main.trip.bytes) == (4, 32)
+
+
+def test_widths() -> None:
+    """Catches modifiers read as a width, and 64 bits that pass for wide."""
+    accesses = {
+        "LDG.E.128.CONSTANT": 16,
+        "LDG.E.LTC128B.64": 8,
+        "LDG.E.ENL2.256": 32,
+        "STG.E.EF.U16": 2,
+        "ST.E": 4,
+        "LDG.E.64.STRONG.GPU": 0,
+        "LDS.128": 0,
+    }
+    for opcode, size in accesses.items():
+        trip = main_loop(code(opcode, "EXIT")).trip
+        assert (trip.bytes, trip.wide) == (size, size if size >= 16 else 0)
+
+
 def test_converged_warps() -> None:
     """Catches the fall-back of a shuffle among diverged lanes counted as what runs."""
     main = main_loop(
         code(
             LOAD,  # 0x00
-            "BRA.CONV 0x30",  # 0x10: to the shuffle
+            "BRA.CONV ~URZ,0x30",  # 0x10: to the shuffle
             "CALL.REL.NOINC 0x100",  # 0x20
             "SHFL.UP PT,R4,R4,0x1,RZ",  # 0x30
             "BRA.DIV UR4,0x80",  # 0x40: away from it

@@ -19,7 +19,8 @@ class Expected:
     moves: tuple[int, int] = (1, 1)  # bytes of samples read to bytes written, if aligned
     barriers: int = 1  # per trip, at most
     narrow: int = 0  # accesses below 128 bits in an aligned trip: not samples
-    why: str = ""  # for more than one barrier, for narrow accesses
+    inner: int = 0  # loops inside the main loop that neither wait nor walk, and that few enter
+    why: str = ""  # for more than one barrier, for narrow accesses, for inner loops
 
     def __iter__(self) -> Iterator[str]:
         parts = re.split(r"\{(.*?)\}", self.names)  # odd ones were in braces
@@ -29,10 +30,6 @@ class Expected:
 
 STORAGES = ("Native<float>", "Native<double>", "Float16", "BFloat16")
 STORAGE = f"{{{','.join(STORAGES)}}}"
-
-#: Of a kernel whose trip is one tile, the row's alpha, start and sums go with each.
-SCALARS = "the row's scalars"
-
 
 def varying(storage: str) -> Iterator[str]:
     """Without the bar: products of coefficients are composed in float64, sample by sample."""
@@ -47,10 +44,15 @@ KERNELS = [
     Expected(f"RowTiles<Tiling<{STORAGE}, {{8,32,256}}, true, false>>", aligned=True),
     Expected(f"RowTiles<Tiling<{STORAGE}, {{8,32,256}}, true, true>>", aligned=True, moves=(2, 1)),
     Expected(f"RowTiles<Tiling<{STORAGE}, {{8,32,256}}, false, {{false,true}}>>"),
-    Expected(f"SplitRows<Tiling<{STORAGE}, 256, true, false>>", aligned=True, narrow=1, why=SCALARS),
+    Expected(f"SplitHeads<Tiling<{STORAGE}, 256, {{false,true}}, {{false,true}}>>"),
+    Expected(f"SplitRows<Tiling<{STORAGE}, 256, true, false>>", aligned=True),
     Expected(f"SplitRows<Tiling<{STORAGE}, 256, true, true>>", aligned=True, moves=(2, 1)),
     Expected(f"SplitRows<Tiling<{STORAGE}, 256, false, {{false,true}}>>"),
-    Expected(f"SplitSums<{STORAGE}, {{false,true}}>"),
     *(Expected(names) for storage in STORAGES for names in varying(storage)),
+    Expected(f"SplitSums<Tiling<{STORAGE}, 256, {{false,true}}, true>>"),
+    Expected(f"Lanes<{STORAGE}, true, false>", aligned=True),
+    Expected(f"Lanes<{STORAGE}, true, true>", aligned=True, moves=(2, 1)),
+    Expected(f"Lanes<{STORAGE}, false, {{false,true}}>"),
+    Expected(f"LaneSums<{STORAGE}, {{false,true}}>"),
     Expected(f"{{SumAlongTerms,SumAlongResults}}<{STORAGE}>"),
 ]

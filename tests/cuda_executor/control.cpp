@@ -68,6 +68,9 @@ EXPORT void executor_set(int schedule, uint64_t seed, int resident, bool checks,
                               multiprocessors};
 }
 
+EXPORT void executor_plant(const char* file, int line) { cuda_executor::planted() = {file, line}; }
+
 EXPORT const char* executor_error() { return cuda_executor::last_error().c_str(); }
 EXPORT const char* executor_counts() { return cuda_executor::counts().c_str(); }
+EXPORT const char* executor_kernels() { return cuda_executor::launched().c_str(); }
 EXPORT uint64_t executor_trace() { return cuda_executor::trace(); }

@@ -4,6 +4,7 @@
 #include <exception>
 #include <string>
 
+#include "executor.h"
 #include "shadow.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -19,6 +20,7 @@ void conclude();
 template <class F>
 int guarded(const F& f) {
   memory().clear();
+  launched().clear();
   bool well = true;
   try {
     f();

@@ -62,21 +62,22 @@ uint64_t meet(Collective kind, unsigned mask, uint64_t value, int lane, int widt
   return machine().meet(kind, mask, value, lane, width, {file, line});
 }
 
-void fence() {
+void fence(const char* file, int line) {
   machine().point();
-  machine().fence();
+  machine().fence({file, line});
 }
 
 void step_back() { machine().step_back(); }
 
 template <class T>
-T atomic_add(T* address, T value) {
+T atomic_add(T* address, T value, const char* file, int line) {
+  if (Site{file, line}.is_planted()) return static_cast<T>(block_index().x);
   access(address, sizeof(T), Kind::kUpdate, true, HERE);
   const T before = *address;
   *address = before + value;
   return before;
 }
-template unsigned atomic_add(unsigned*, unsigned);
-template unsigned long long atomic_add(unsigned long long*, unsigned long long);
+template unsigned atomic_add(unsigned*, unsigned, const char*, int);
+template unsigned long long atomic_add(unsigned long long*, unsigned long long, const char*, int);
 
 }  // namespace cuda_executor

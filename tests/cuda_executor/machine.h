@@ -1,8 +1,8 @@
 // The machine that a launch runs on: its blocks, warps and threads, and who runs next.
 #pragma once
 
-#include <chrono>
 #include <cstdint>
+#include <ctime>
 #include <memory>
 #include <random>
 #include <string>
@@ -21,6 +21,8 @@ namespace cuda_executor {
 struct Site {  // a line of a kernel
   const char* file = nullptr;
   int line = 0;
+
+  bool is_planted() const;
 };
 
 enum class State { kReady, kIdle, kAtWarp, kAtBarrier, kDone };
@@ -116,7 +118,7 @@ class Machine {
   void barrier(const Site& site);
   uint64_t meet(Collective kind, unsigned mask, uint64_t value, int lane, int width,
                 const Site& site);
-  void fence();
+  void fence(const Site& site);
   void poll(const void* address, size_t bytes, const void* where);  // before a message is read
   void step_back();  // until the others have had their turn
   void receive(const void* address);
@@ -177,7 +179,7 @@ class Machine {
   const void* failed_at_ = nullptr;
   Site failed_site_;
   std::unordered_map<const void*, KnownPtr> messages_;
-  std::chrono::steady_clock::time_point deadline_;
+  std::clock_t deadline_ = 0;
   int64_t turns_ = 0;
 };
 

@@ -3,8 +3,8 @@
 
 #include <typeinfo>
 
-#include "intrinsics.h"
 #include "executor.h"
+#include "intrinsics.h"
 
 namespace ema_ext::cuda {
 

@@ -17,6 +17,9 @@
 #undef __forceinline__
 #define __forceinline__ inline __attribute__((always_inline))
 
+// A line of the kernel, by default arguments.
+#define CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
 namespace cuda_executor {
 
 // The same all through a thread, so that the compiler may ask once.
@@ -30,11 +33,11 @@ enum class Collective { kSync, kShuffle, kUp, kDown, kXor, kBallot };
 void sync_threads(const char* file, int line);
 uint64_t meet(Collective kind, unsigned mask, uint64_t value, int lane, int width, const char* file,
               int line);
-void fence();
+void fence(const char* file, int line);
 void step_back();
 
 template <class T>
-T atomic_add(T* address, T value);
+T atomic_add(T* address, T value, CALLER);
 
 template <class To, class From>
 inline To bits(From from) {
@@ -61,9 +64,6 @@ inline Wide shuffle(Collective kind, unsigned mask, T value, int lane, int width
 #define blockIdx (::cuda_executor::block_index())
 #define blockDim (::cuda_executor::block_size())
 #define gridDim (::cuda_executor::grid_size())
-
-// A line of the kernel, by default arguments.
-#define CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(CALLER) { cuda_executor::sync_threads(file, line); }
 inline void __syncwarp(unsigned mask = ~0u, CALLER) {
@@ -92,10 +92,11 @@ inline int __any_sync(unsigned mask, int vote, CALLER) {
 inline int __all_sync(unsigned mask, int vote, CALLER) {
   return __ballot_sync(mask, vote, file, line) == mask;
 }
-#undef CALLER
 
-inline void __threadfence() { cuda_executor::fence(); }
+inline void __threadfence(CALLER) { cuda_executor::fence(file, line); }
 inline void __nanosleep(unsigned) { cuda_executor::step_back(); }
+
+#undef CALLER
 
 #define atomicAdd ::cuda_executor::atomic_add
 

@@ -7,13 +7,14 @@
 // calls at each load and store. There a thread may be exchanged for another, and the access is
 // checked. The rest follows from where a thread can wait.
 //
-//   fiber.h        stacks and the switch between them
-//   machine.h      blocks, warps, threads; who runs next; barriers, shuffles, votes, messages
-//   clocks.h       what a thread has behind it: the order among accesses
-//   shadow.h       which bytes there are, who touched them, and how often
-//   intrinsics.h   what CUDA's headers lack on the CPU: threadIdx, __shfl_sync, atomicAdd, ...
-//   examples.cpp   a look-back scan, and broken ones that each check must catch
-//   binding.cpp    the project's own kernels as torch operators
+// * include/: what kernels see: this, launch(), and in intrinsics.h what CUDA's headers lack on the
+//   CPU (threadIdx, __shfl_sync, atomicAdd, ...)
+// * fiber.h: stacks and the switch between them
+// * machine.h: blocks, warps, threads; who runs next; barriers, shuffles, votes, messages
+// * clocks.h: what a thread has behind it, the order among accesses
+// * shadow.h: which bytes there are, who touched them, and how often
+// * examples.cpp: a look-back scan, and broken ones that each check must catch
+// * binding.cpp: the project's own kernels as torch operators
 //
 // A kernel that breaks a rule ends with one message: a race, an address that is no element of a
 // tensor or not aligned, memory read before it was written, a barrier or a shuffle that not all
@@ -23,6 +24,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace cuda_executor {
 
@@ -34,11 +36,20 @@ struct Options {
   uint64_t seed = 0;
   int resident = 8;         // blocks that run at a time; the next starts when one of them ends
   bool checks = true;       // of each access; without them values only, and faster
-  double seconds = 60;      // a launch that takes longer fails
+  double seconds = 60;      // of the CPU: a launch that takes more fails
   int multiprocessors = 4;  // what the strategy is told that the device has
 };
 
 Options& options();
+
+// To see that it is missed: the barrier, __syncwarp or fence of this line of a kernel is not there,
+// or an atomicAdd gives the block's index instead. No line: nothing is planted.
+struct Planted {
+  std::string file;
+  int line = 0;
+};
+
+Planted& planted();
 
 struct Launch {
   const char* kernel;
@@ -52,6 +63,9 @@ struct Launch {
 
 // Returns when all blocks have. Throws std::runtime_error for a kernel that breaks a rule.
 void run(const Launch& launch);
+
+// The names of the kernels that have run, one a line; cleared by whoever asks.
+std::string& launched();
 
 // Which of two runs went another way: a hash of all choices of the last launch.
 uint64_t trace();
