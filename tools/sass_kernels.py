@@ -31,6 +31,7 @@ class Expected:
 STORAGES = ("Native<float>", "Native<double>", "Float16", "BFloat16")
 STORAGE = f"{{{','.join(STORAGES)}}}"
 
+
 def varying(storage: str) -> Iterator[str]:
     """Without the bar: products of coefficients are composed in float64, sample by sample."""
     for rows in ("AlignedRows", "AnyRows"):
