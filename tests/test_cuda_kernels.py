@@ -207,3 +207,36 @@ def test_selection(run: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "like"),
+    [
+        ((300, 40), (40,)),
+        ((40, 300), (40, 1)),
+        ((2, 9001), (2, 1)),
+        ((9001, 2), (2,)),
+        ((2, 5, 7, 3), (5, 1, 3)),
+        ((33, 7, 41), (7, 1)),
+        ((3, 0), (3, 1)),
+        ((2,) * 12, (1, 2) * 6),
+    ],
+)
+def test_sums_have_the_same_bits_whatever_the_strides(
+    loaded: ex.Executor, shape: tuple[int, ...], like: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Catches terms that are left out, and an order that follows from strides or the schedule."""
+    terms, result = signal(*shape, dtype=dtype), torch.empty(like, dtype=dtype)
+    want = terms.double().sum_to_size(like)
+    expected = None
+    for schedule, seed, resident in RUNS[:6]:
+        loaded.set(schedule, seed, resident)
+        axes = torch.randperm(terms.dim(), generator=torch.Generator().manual_seed(seed))
+        moved = terms.permute(*axes).contiguous().permute(*axes.argsort())
+        found = torch.ops.ema_ext_executor.sum_to(moved, result)
+        expected = found if expected is None else expected
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    size = terms.double().abs().sum_to_size(like)
+    bound = torch.finfo(dtype).eps * (want.abs() / 2 + torch.finfo(dtype).tiny) + 1e-13 * size
+    assert ((expected.double() - want).abs() <= bound).all()

@@ -123,7 +123,6 @@ struct Varying {
 
   static __device__ __forceinline__ int own() { return Moves::rank() * kItems; }
   static __device__ __forceinline__ bool leads() { return Moves::rank() == 0; }
-  static __device__ __forceinline__ bool ends() { return Moves::rank() == kRanks - 1; }
 
   __device__ __forceinline__ Samples samples(const View& view, int64_t row, int64_t tile) const {
     return {view, row, tile * kTile};
@@ -305,9 +304,11 @@ struct Varying {
     return arguments_.messages[(group_ * arguments_.tiles + tile) * kRows + Moves::row()];
   }
 
-  // After the tiles before `end`.
+  // After the tiles before `end`. The thread that has the row's last sample knows the state: beyond
+  // it y stays as it is.
   __device__ __forceinline__ void finish(int64_t end, double last, double sum) {
-    if (there_ && ends() && end == arguments_.tiles && scan_.state.data != nullptr)
+    const int last_sample = own_first(count_from(end - 1));
+    if (last_sample >= 0 && last_sample < kItems && scan_.state.data != nullptr)
       write(scan_.state.data, scan_.state.dtype, row_.at.state, last);
     if (!kAdjoint || scan_.varying || scan_.grad_coefficient.data == nullptr) return;
     sum = maps_.sum(sum);

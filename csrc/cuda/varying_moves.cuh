@@ -106,7 +106,7 @@ class AlignedRows {
 #pragma unroll
     for (int j = 0; j < kChunks; ++j)
       shared_[place(base() + j * kLanes + member_)] =
-          Chunk<Storage>::turned(raw.chunks[j], from.view.time_stride < 0);
+          Chunk<Storage>::turned(raw.chunks[j], order(from));
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
@@ -137,7 +137,7 @@ class AlignedRows {
 #pragma unroll
       for (int i = 0; i < kC; ++i) own[i] = static_cast<typename Storage::Acc>(items[j * kC + i]);
       shared_[place(lane_ * kChunks + j)] =
-          Chunk<Storage>::turned(Chunk<Storage>::pack(own), to.view.time_stride < 0);
+          Chunk<Storage>::turned(Chunk<Storage>::pack(own), order(to));
     }
     __syncwarp();
 #pragma unroll
@@ -155,6 +155,10 @@ class AlignedRows {
     return chunk ^ ((chunk >> 3) & (kChunks - 1));
   }
   static_assert((kChunks & (kChunks - 1)) == 0 && kChunks <= 8);
+
+  static __device__ __forceinline__ unsigned order(const Samples& of) {
+    return Chunk<Storage>::order(of.view.time_stride < 0);
+  }
 
   // Of the lanes in this warp's stage, and of the j'th that this thread moves in the team's tile.
   __device__ __forceinline__ int base() const { return lane_ / kLanes * kLanes * kChunks; }
