@@ -26,8 +26,8 @@ class Decay {
 
   // c^k, k >= 0; 0^0 is 1.
   __device__ double power(int64_t k) const {
-    if constexpr (sizeof(Acc) == 8) {
-      if (k == 0) return 1;
+    // Where c is small its logarithm would be known to fewer digits than c itself.
+    if (sizeof(Acc) == 8 && (k > 4 || fabs(ratio_) > 0.5)) {
       const double size = exp(static_cast<double>(k) * log_);
       return ratio_ < 0 && (k & 1) != 0 ? -size : size;
     }

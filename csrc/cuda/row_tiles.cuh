@@ -123,7 +123,7 @@ struct RowTiles {
 
       const Acc first = copies ? x[0] : k.in * x[0] + added_first;
       const FromZero zero = scan(scan_groups(x, first, k, s));
-      add_state(static_cast<Acc>(thread_.join(zero.before, state.value)), k, s);
+      add_state(thread_.join(zero.before, state.value), k, s);
       state.advance(zero.tile, k.tile);
       if (copies) s[0] = x[0];
       copies = false;

@@ -116,7 +116,7 @@ struct SplitRows {
     if (starts && !copies) first += static_cast<Acc>(team_.row.added_first);
     const FromZero zero = scan_block(scan_groups(x, first, k, s), lane_, k, shared_.aggregates[0]);
     const double before = state_before(arguments_.messages, team_.walk.state, zero.tile);
-    add_state(static_cast<Acc>(thread_.join(zero.before, before)), k, s);
+    add_state(thread_.join(zero.before, before), k, s);
     if (copies) s[0] = x[0];
 
     const int mine =

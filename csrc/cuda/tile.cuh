@@ -40,7 +40,7 @@ struct TilePowers {
   Acc in;
   Acc alpha;                      // of an average
   Acc powers[T::kGroup + 1];      // c^i
-  Acc groups[T::kGroups];         // c^(kGroup i)
+  double groups[T::kGroups];      // c^(kGroup i)
   Power<Acc> lanes[T::kSteps];    // over kItems 2^i samples: the lanes of a shuffle
   Power<Acc> warps[kBlockSteps];  // over 2^i warps
   Power<Acc> tile;                // over a tile
@@ -54,7 +54,7 @@ struct TilePowers {
 #pragma unroll 1
     for (int i = 0; i <= T::kGroup; ++i) powers[i] = static_cast<Acc>(decay.power(i));
 #pragma unroll 1
-    for (int i = 0; i < T::kGroups; ++i) groups[i] = static_cast<Acc>(decay.power(i * T::kGroup));
+    for (int i = 0; i < T::kGroups; ++i) groups[i] = decay.power(i * T::kGroup);
 #pragma unroll 1
     for (int i = 0; i < T::kSteps; ++i) lanes[i] = decay.over(T::kItems << i);
 #pragma unroll 1
@@ -88,17 +88,21 @@ __device__ __forceinline__ typename T::Acc scan_groups(const typename T::Acc* x,
 }
 
 // s[i] in place of q[i], from the state before the thread's first sample. Each group takes it by a
-// power of its own, so that roundings do not add up from group to group.
+// power of its own, so that roundings do not add up from group to group; float64, which has fewer
+// groups and no wider format, goes from one to the next.
 template <class T>
-__device__ __forceinline__ void add_state(typename T::Acc state, const TilePowers<T>& k,
+__device__ __forceinline__ void add_state(double state, const TilePowers<T>& k,
                                           typename T::Acc* q) {
-  typename T::Acc from_zero = 0;
+  using Acc = typename T::Acc;
+  Acc from_zero = 0, before = static_cast<Acc>(state);
 #pragma unroll
   for (int g = 0; g < T::kItems; g += T::kGroup) {
-    const auto before = g == 0 ? state : fma(k.groups[g / T::kGroup], state, from_zero);
+    if (g > 0 && sizeof(Acc) == 4)
+      before = static_cast<Acc>(fma(k.groups[g / T::kGroup], state, from_zero));
     from_zero = fma(k.powers[T::kGroup], from_zero, q[g + T::kGroup - 1]);
 #pragma unroll
     for (int i = 0; i < T::kGroup; ++i) q[g + i] = fma(k.powers[i + 1], before, q[g + i]);
+    if (sizeof(Acc) == 8) before = q[g + T::kGroup - 1];
   }
 }
 
