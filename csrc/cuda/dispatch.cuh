@@ -13,14 +13,14 @@ namespace ema_ext::cuda {
 
 inline bool wants_gradient(const Scan& scan) { return scan.grad_coefficient.data != nullptr; }
 
-// The workspace of a split scan: a ticket, a message of each tile of each row, what is known of
+// The workspace of a split scan: a ticket, the messages of each tile of each row, what is known of
 // each row and, where alpha's gradient is wanted, the sums of each tile of each row.
 class SplitWorkspace {
  public:
-  SplitWorkspace(const Scan& scan, int64_t messages, int64_t team_bytes)
-      : teams_at_(kMessages + messages * sizeof(Message)),
+  SplitWorkspace(const Scan& scan, int64_t tiles, int64_t messages, int64_t team_bytes)
+      : teams_at_(kMessages + tiles * messages * static_cast<int64_t>(sizeof(Message))),
         sums_at_(teams_at_ + scan.rows * team_bytes),
-        end_(sums_at_ + (wants_gradient(scan) ? messages * sizeof(AlphaSums) : 0)) {}
+        end_(sums_at_ + (wants_gradient(scan) ? tiles * sizeof(AlphaSums) : 0)) {}
 
   Workspace size() const { return {end_, sums_at_}; }
   static unsigned long long* ticket(void* at) { return static_cast<unsigned long long*>(at); }
@@ -122,10 +122,11 @@ struct Dispatch {
                                             ? team_bytes<true>()
                                             : team_bytes<false>();
   static SplitWorkspace split_rows_workspace(const Scan& scan, const Plan& plan) {
-    return {scan, plan.blocks, kTeamBytes};
+    return {scan, plan.blocks, 1, kTeamBytes};
   }
   static SplitWorkspace split_lanes_workspace(const Scan& scan, const Plan& plan) {
-    return {scan, plan.blocks * plan.columns * (plan.aligned ? Chunk<Storage>::kSamples : 1), 0};
+    const int64_t rows = plan.columns * (plan.aligned ? Chunk<Storage>::kSamples : 1);
+    return {scan, plan.blocks * rows, Lanes<Storage, true, true>::kMessages, 0};
   }
 
   template <bool kAligned>

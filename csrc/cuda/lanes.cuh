@@ -34,7 +34,7 @@ struct Lane {
   State<Acc> states[2];  // before the tile, by the tile's parity
   double last;           // s, after the last sample
 
-  __device__ Lane(const Row<Storage>& row, int slots_per_warp)
+  __device__ Lane(const Row<Storage>& row, int slots_per_warp, double start)
       : in(static_cast<Acc>(row.in)),
         to_lambda(static_cast<Acc>(row.to_lambda)),
         alpha(static_cast<Acc>(row.decay.complement())),
@@ -43,10 +43,10 @@ struct Lane {
         warp(row.decay.over(kSteps * slots_per_warp)),
         tile(row.decay.over(kSteps * slots_per_warp * kBlockWarps)),
         added_first(row.added_first),
-        last(row.start) {
+        last(start) {
 #pragma unroll 1
     for (int i = 0; i <= kG; ++i) powers[i] = static_cast<Acc>(row.decay.power(i));
-    states[0] = states[1] = {row.start, 0};  // the second for columns that are not there
+    states[0] = states[1] = {start, 0};  // the second for columns that are not there
   }
 
   // s[i] from zero, of a thread's samples; returns the last.
@@ -55,7 +55,8 @@ struct Lane {
 #pragma unroll
     for (int g = 0; g < kSteps; g += kG) {
       s[g] = in * x[g];
-      if (g == 0 && starts) s[0] = copies ? x[0] : s[0] + static_cast<Acc>(added_first);
+      if (g == 0 && starts) s[0] += static_cast<Acc>(added_first);
+      if (g == 0 && copies && !finite(x[0])) s[0] = x[0];
 #pragma unroll
       for (int i = 1; i < kG; ++i) s[g + i] = fma(powers[1], s[g + i - 1], in * x[g + i]);
       aggregate = fma(powers[kG], aggregate, s[g + kG - 1]);
@@ -110,6 +111,7 @@ struct Lanes {
   static constexpr int kThreads = kBlockThreads;
   static constexpr int kMinBlocks = kBlocksPerMultiprocessor;
   static constexpr int kW = kVector ? Chunk<Storage>::kSamples : 1;  // rows of a thread
+  static constexpr int kMessages = sizeof(Acc) == 8 ? 2 : 1;         // a state and its error
   static constexpr int kSteps = lane_steps(sizeof(Sample), kGradient);
   static constexpr int kMostLanes = lanes_per_block(kW, kGradient);
 
@@ -119,8 +121,8 @@ struct Lanes {
     bool split;                  // a tile per block
     int64_t tiles;               // per row
     unsigned long long* ticket;  // 0 before; of a split scan, as the two below
-    Message* messages;           // (group * tiles + tile) * lanes + lane; 0 before
-    AlphaSums* sums;             // the same; for LaneSums
+    Message* messages;  // kMessages of each (group * tiles + tile) * lanes + lane; 0 before
+    AlphaSums* sums;    // (group * tiles + tile) * lanes + lane; for LaneSums
   };
   struct Shared {
     Uninitialized<Lane<Storage, kSteps>> lanes[kMostLanes];
@@ -174,7 +176,8 @@ struct Lanes {
       const RowOffsets at(scan, row_ + min(thread(), count_ - 1));
       const Row<Storage> row(scan, at);
       if (!row.scans()) shared_.unfit = true;
-      new (&shared_.lanes[thread()].value()) Lane<Storage, kSteps>(row, slots_per_warp_);
+      new (&shared_.lanes[thread()].value())
+          Lane<Storage, kSteps>(row, slots_per_warp_, first_tile_ == 0 ? row.start(scan, at) : 0);
       if constexpr (kGradient) new (&shared_.sums[thread()].value()) AlphaSums;
     }
     __syncthreads();
@@ -193,7 +196,7 @@ struct Lanes {
     const Scan& scan = arguments_.scan;
     const RowOffsets at = own_row();
     const Row<Storage> row(scan, at);
-    Walk<Storage, kGradient> walk{row.start, {}};
+    Walk<Storage, kGradient> walk{row.start(scan, at), {}};
     walk.over(row, scan, 0, scan.length);
     row.write_state(scan, at, walk.state);
     row.write_gradient(scan, at, walk.sums);
@@ -215,12 +218,20 @@ struct Lanes {
     Sample of[kSteps][kW];
   };
 
-  // This thread's first row.
+  // This thread's first row, and from the tile's first sample to this slot's.
   __device__ void place() {
     const RowOffsets at(arguments_.scan, row_);
     x_ = at.x + column_ * kW;
     y_ = at.y + column_ * kW;
     forward_x_ = at.forward_x + column_ * kW;
+    if constexpr (sizeof(Acc) == 8) {
+#pragma unroll
+      for (int w = 0; w < kW; ++w) {
+        const int64_t row = row_ + min(column_ * kW + w, count_ - 1);
+        here_[w] = Row<Storage>(arguments_.scan, RowOffsets(arguments_.scan, row))
+                       .decay.over(static_cast<int64_t>(slot_) * kSteps);
+      }
+    }
   }
 
   __device__ __forceinline__ void load(const View& view, int64_t offset, int64_t n, int mine,
@@ -266,7 +277,7 @@ struct Lanes {
                                                 : kSteps;
     const bool starts = n == 0,
                copies = starts && scan.op == Op::kEma && scan.start.data == nullptr;
-    const int parity = static_cast<int>(tile & 1), warp = thread() / kWarp;
+    const int parity = static_cast<int>(tile & 1);
 
     Samples x, forward_x;
     load(scan.x, x_, n, mine, x);
@@ -281,11 +292,10 @@ struct Lanes {
 #pragma unroll
     for (int w = 0; w < kW; ++w) {
       Lane<Storage, kSteps>& k = lane(w);
-      const double state = state_of_warp(w, warp, parity);
       Acc samples[kSteps], s[kSteps];
       unpack(x, w, samples);
       k.scan_groups(samples, starts, copies, s);
-      k.add_state(static_cast<Acc>(over_slots(k, before[w], state)), s);
+      k.add_state(static_cast<Acc>(state_of_slot(w, before[w], parity)), s);
       if (copies) s[0] = samples[0];
       if (mine > 0 && left <= kSteps) k.last = last_of(s, mine);
       if constexpr (kGradient) {
@@ -332,7 +342,27 @@ struct Lanes {
     return thread() % kWarp < columns ? 0 : before;
   }
 
-  // The state before this slot, from that before the warp and `before`, which is from zero.
+  // The state before this slot; `before` is that from zero before the warp. The first warp keeps
+  // the state after the tile.
+  __device__ __forceinline__ double state_of_slot(int w, double before, int parity) {
+    Lane<Storage, kSteps>& k = lane(w);
+    const State<Acc> from = k.states[parity];
+    if (slot_ == 0) {
+      k.states[parity ^ 1] = from;
+      k.states[parity ^ 1].advance(aggregate_of_tile(column_ * kW + w, parity), k.tile);
+    }
+    if constexpr (sizeof(Acc) == 8)  // by one power, for the sake of its one rounding
+      return here_[w].join(over_slots(k, before, over_warps(k, w, 0, parity)), from.value);
+    else
+      return over_slots(k, before, over_warps(k, w, from.value, parity));
+  }
+  __device__ __forceinline__ double over_warps(const Lane<Storage, kSteps>& k, int w, double state,
+                                               int parity) const {
+#pragma unroll 1
+    for (int i = 0; i < thread() / kWarp; ++i)
+      state = k.warp.join(shared_.aggregates[parity][i][column_ * kW + w], state);
+    return state;
+  }
   __device__ __forceinline__ double over_slots(const Lane<Storage, kSteps>& k, double before,
                                                double state) const {
     const int slots = slot_ % slots_per_warp_;
@@ -340,22 +370,6 @@ struct Lanes {
     for (int i = 0; i < 3; ++i)
       if ((slots >> i & 1) != 0) state = k.slots[i].join(0, state);
     return before + state;
-  }
-
-  // The state before this warp's slots; the first warp keeps that after the tile.
-  __device__ __forceinline__ double state_of_warp(int w, int warp, int parity) {
-    Lane<Storage, kSteps>& k = lane(w);
-    const State<Acc>& from = k.states[parity];
-    double state = from.value;
-#pragma unroll 1
-    for (int i = 0; i < warp; ++i)
-      state = k.warp.join(shared_.aggregates[parity][i][column_ * kW + w], state);
-    if (slot_ == 0) {
-      State<Acc> after = from;
-      after.advance(aggregate_of_tile(column_ * kW + w, parity), k.tile);
-      k.states[parity ^ 1] = after;
-    }
-    return state;
   }
 
   __device__ __forceinline__ double aggregate_of_tile(int lane, int parity) const {
@@ -372,19 +386,26 @@ struct Lanes {
     const int own = thread();
     if (own < count_) {
       Lane<Storage, kSteps>& k = shared_.lanes[own].value();
-      Message* const messages = arguments_.messages + (shared_.ticket - tile) * lanes() + own;
+      Message* const messages =
+          arguments_.messages + ((shared_.ticket - tile) * lanes() + own) * kMessages;
+      const auto message = [&](int64_t t) { return messages + t * lanes() * kMessages; };
       const bool anchor = tile % kLaneLookBack == 0, ends = tile + 1 == arguments_.tiles;
       const double aggregate = ends ? 0 : aggregate_of_tile(own, parity);
-      if (!anchor && !ends) send(messages[tile * lanes()], aggregate);
+      if (!anchor && !ends) send(*message(tile), aggregate);
       if (tile > 0) {
-        double state = 0;
+        int64_t t = lane_anchor_before(tile);
+        State<Acc> state{receive(*message(t)), 0};
+        if constexpr (kMessages > 1) state.error = receive(message(t)[1]);
 #pragma unroll 1
-        for (int64_t t = lane_anchor_before(tile); t < tile; ++t)
-          state = k.tile.join(receive(messages[t * lanes()]), state);
-        k.states[parity] = {state, 0};
+        for (++t; t < tile; ++t) state.advance(receive(*message(t)), k.tile);
+        k.states[parity] = state;
       }
-      if (anchor && !ends)
-        send(messages[tile * lanes()], k.tile.join(aggregate, k.states[parity].value));
+      if (anchor && !ends) {
+        State<Acc> after = k.states[parity];
+        after.advance(aggregate, k.tile);
+        send(*message(tile), after.value);
+        if constexpr (kMessages > 1) send(message(tile)[1], after.error);
+      }
     }
     __syncthreads();
   }
@@ -422,6 +443,7 @@ struct Lanes {
   int64_t row_;
   int count_;  // rows that there are
   int64_t x_, y_, forward_x_;
+  Power<Acc> here_[sizeof(Acc) == 8 ? kW : 1];
 };
 
 // The gradient to alpha of a split scan, from the sums of its tiles: a thread per row.

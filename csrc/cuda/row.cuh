@@ -57,9 +57,8 @@ struct Row {
   Sample* y;
   const Sample* forward_x;
   double coefficient, in, out, to_lambda;
-  double start;         // s[-1]
   double added_first;   // to in * x[0]
-  bool copies_first;    // y[0] = x[0], bit by bit
+  bool copies_first;    // y[0] = x[0], bit by bit: an average without an initial state
   bool last_is_lambda;  // the adjoint's last y: x[0] of the forward was its initial state as well
   Decay<Acc> decay;
 
@@ -73,22 +72,27 @@ struct Row {
         in(1),
         out(1),
         to_lambda(1),
-        start(0),
         added_first(0),
         copies_first(scan.op == Op::kEma && scan.start.data == nullptr),
         last_is_lambda(scan.op == Op::kEmaBackward && !scan.has_initial_state),
         decay(scan.op == Op::kLinearRecurrence ? coefficient : 1 - coefficient,
               scan.op == Op::kLinearRecurrence ? 1 - coefficient : coefficient) {
-    const double given = read_state<Acc>(scan.start, at.start, 0);
-    if (scan.op != Op::kEmaBackward) {
-      if (scan.op == Op::kEma) in = coefficient;
-      start = given;
-    } else {
-      const bool scaled = !(coefficient < 0x1p-64 && coefficient > -0x1p-64);
-      (scaled ? in : out) = coefficient;
-      if (scaled) to_lambda = 1 / coefficient;
-      added_first = in * given;
-    }
+    if (scan.op == Op::kEma) in = coefficient;
+    if (scan.op != Op::kEmaBackward) return;
+    const bool scaled = !(coefficient < 0x1p-64 && coefficient > -0x1p-64);
+    (scaled ? in : out) = coefficient;
+    if (scaled) to_lambda = 1 / coefficient;
+    added_first = in * read_state<Acc>(scan.start, at.start, 0);
+  }
+
+  // s[-1]. Without an initial state an average goes on as if x[0] had been there before: what is
+  // scanned from zero then stays small, and so do its roundings. But from an x[0] that is not
+  // finite the scan starts at zero, and at x[0] itself.
+  __device__ double start(const Scan& scan, const RowOffsets& at) const {
+    if (scan.op == Op::kEmaBackward) return 0;
+    if (!copies_first) return read_state<Acc>(scan.start, at.start, 0);
+    const double first = Storage::get(*x);
+    return finite(first) ? first : 0;
   }
 
   // Whether the row can be scanned by powers; otherwise it is walked. So is an adjoint that runs as

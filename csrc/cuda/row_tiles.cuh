@@ -121,7 +121,7 @@ struct RowTiles {
       advance(from, left - T::kTileChunks);
       if constexpr (!T::kGradient) raw = moves_.fetch(from);
 
-      const Acc first = copies ? x[0] : k.in * x[0] + added_first;
+      const Acc first = copies && !finite(x[0]) ? x[0] : k.in * x[0] + added_first;
       const FromZero zero = scan(scan_groups(x, first, k, s));
       add_state(thread_.join(zero.before, state.value), k, s);
       state.advance(zero.tile, k.tile);

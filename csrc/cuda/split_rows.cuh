@@ -112,8 +112,9 @@ struct SplitRows {
 
     const bool starts = tile_ == 0 && thread() == 0 && team_.parts.head == 0;
     const bool copies = starts && team_.row.copies_first;
-    Acc first = copies ? x[0] : k.in * x[0];
-    if (starts && !copies) first += static_cast<Acc>(team_.row.added_first);
+    Acc first = k.in * x[0];
+    if (starts) first += static_cast<Acc>(team_.row.added_first);
+    if (copies && !finite(x[0])) first = x[0];
     const FromZero zero = scan_block(scan_groups(x, first, k, s), lane_, k, shared_.aggregates[0]);
     const double before = state_before(arguments_.messages, team_.walk.state, zero.tile);
     add_state(thread_.join(zero.before, before), k, s);

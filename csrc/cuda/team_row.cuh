@@ -44,7 +44,7 @@ struct TeamRow {
         row(scan, at),
         parts(Parts::of<T>(row, scan)),
         powers(row),
-        walk{row.start, {}} {
+        walk{walks_head ? row.start(scan, at) : 0, {}} {
     if (walks_head) walk.over(row, scan, 0, parts.head);
   }
 
