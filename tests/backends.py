@@ -28,8 +28,14 @@ class SeedsOfTheCpu(TorchFunctionMode):
         return function(*arguments, **options, device="cpu").to(torch.get_default_device())
 
 
+#: Whether the kernels are those of csrc/cuda, wherever they run.
+cuda_kernels = False
+
+
 def choose(name: str) -> None:
     """For the rest of the process: "cpu", "cuda", or "executor" for CUDA kernels on the CPU."""
+    global cuda_kernels
+    cuda_kernels = name != "cpu"
     if name == "executor":
         executor.take_over().set_from(os.environ.get("EMA_EXT_EXECUTOR", ""))
     elif name == "cuda":

@@ -130,7 +130,7 @@ def test_every_sample_is_moved_once(loaded: ex.Executor, shape: str, dtype: torc
     written = ex.Count(bytes_of_x, 0, 0, 1, 1, 0, bytes_of_x)
     loaded.set("random", 1, 3)
     forward(x, dim)
-    assert re.search(SHAPES[shape][2], loaded.kernels()[0])
+    assert any(re.search(SHAPES[shape][2], kernel) for kernel in loaded.kernels())
     counts = loaded.counts()
     looked_at = replace(read, most_read=2, bytes_read=bytes_of_x + bytes_of_x // x.shape[dim])
     assert (counts["x"], counts["y"]) == (looked_at, written)

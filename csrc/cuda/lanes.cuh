@@ -176,8 +176,8 @@ struct Lanes {
       const RowOffsets at(scan, row_ + min(thread(), count_ - 1));
       const Row<Storage> row(scan, at);
       if (!row.scans()) shared_.unfit = true;
-      new (&shared_.lanes[thread()].value())
-          Lane<Storage, kSteps>(row, slots_per_warp_, first_tile_ == 0 ? row.start(scan, at) : 0);
+      new (&shared_.lanes[thread()].value()) Lane<Storage, kSteps>(
+          row, slots_per_warp_, first_tile_ == 0 && owns_row() ? row.start(scan, at) : 0);
       if constexpr (kGradient) new (&shared_.sums[thread()].value()) AlphaSums;
     }
     __syncthreads();

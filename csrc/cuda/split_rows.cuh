@@ -179,9 +179,8 @@ struct SplitRows {
   }
   __device__ __forceinline__ void end_sums(double share, double aggregate) {
     if (thread() != 0) return;
-    AlphaSums tile = shared_.end.value();
-    tile.share = share;
-    tile.aggregate = aggregate;
+    const AlphaSums& end = shared_.end.value();
+    const AlphaSums tile{end.reference, share, end.weight, aggregate, end.decay};
     if (tile_ == 0)
       team_.walk.sums.prepend(tile);
     else

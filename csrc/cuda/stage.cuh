@@ -83,8 +83,8 @@ class Stage {
     for (int k = 0; k < T::kChunks; ++k) C::unpack(*blocked(k), items + k * T::kSamples);
   }
 
+  // After a `spread`: each thread overwrites what it alone has read.
   __device__ __forceinline__ void put(const Acc* items, const Run<Sample>& run) const {
-    __syncwarp();
 #pragma unroll
     for (int k = 0; k < T::kChunks; ++k) *blocked(k) = C::pack(items + k * T::kSamples);
     __syncwarp();
