@@ -181,6 +181,16 @@ SELECTION = [
     "test_time_varying.py::test_layouts",
 ]
 
+#: Of those, where every access is checked too, what takes seconds: each kernel, tile's edge, stride.
+CHECKED = [
+    "test_ema.py",
+    "test_linear_recurrence.py::test_layouts",
+    "test_nonfinite.py",
+    "test_state.py",
+    "test_strides.py",
+    "test_time_varying.py::test_every_broadcast",
+]
+
 #: What is left out, and why.
 DESELECTED = {
     "test_ema.py::test_more_rows_than_a_16_bit_count": "millions of fibers",
@@ -188,18 +198,19 @@ DESELECTED = {
 
 
 @pytest.mark.parametrize(
-    "run",
+    ("run", "selection"),
     [
-        "schedule=in_order checks=False",
-        "schedule=reversed resident=2",
-        "schedule=random seed=1 resident=3 multiprocessors=1",
+        ("schedule=in_order checks=False", SELECTION),
+        ("schedule=reversed resident=2", CHECKED),
+        ("schedule=random seed=1 resident=3 multiprocessors=1", CHECKED),
     ],
+    ids=["in order", "reversed", "random"],
 )
-def test_selection(run: str) -> None:
+def test_selection(run: str, selection: list[str]) -> None:
     """Catches whatever the tests of the CPU's kernels catch, in those for CUDA."""
     ex.needed_headers()
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += [str(TESTS / name) for name in SELECTION]
+    command += [str(TESTS / name) for name in selection]
     for name in DESELECTED:
         command += ["--deselect", f"tests/{name}"]
     done = subprocess.run(

@@ -71,6 +71,7 @@ void declare(const char* name, void* data, Dtype dtype, std::vector<Axis> axes, 
 }
 
 void declare(const Problem& problem) {
+  if (problem.length == 0) return;  // no kernel runs, and what is due the entries write
   const auto operand = [&](const char* name, const Operand& o, bool per_sample, Role role) {
     std::vector<Axis> axes;
     for (int d = 0; d < problem.ndim; ++d) axes.push_back({problem.sizes[d], o.row_strides[d]});
