@@ -181,7 +181,7 @@ SELECTION = [
     "test_time_varying.py::test_layouts",
 ]
 
-#: Of those, where every access is checked too, what takes seconds: each kernel, tile's edge, stride.
+#: Of those, with every access checked too: what takes seconds.
 CHECKED = [
     "test_ema.py",
     "test_linear_recurrence.py::test_layouts",

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-
 #: The bar. A kernel above it is named with its own ceiling, so that it grows no further unseen.
 MOST_PER_BYTE = 2.5
 
