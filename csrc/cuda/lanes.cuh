@@ -109,7 +109,7 @@ struct Lanes {
   using Sample = typename Storage::Sample;
   using Acc = typename Storage::Acc;
   static constexpr int kThreads = kBlockThreads;
-  static constexpr int kMinBlocks = kBlocksPerMultiprocessor;
+  static constexpr int kMinBlocks = 1;  // more fit where shared memory is not that of 7.5
   static constexpr int kW = kVector ? Chunk<Storage>::kSamples : 1;  // rows of a thread
   static constexpr int kMessages = sizeof(Acc) == 8 ? 2 : 1;         // a state and its error
   static constexpr int kSteps = lane_steps(sizeof(Sample), kGradient);
