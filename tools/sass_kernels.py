@@ -44,19 +44,77 @@ def varying(storage: str) -> Iterator[str]:
     yield f"Varying<{storage}, Columns<{storage}>, {{false,true}}, {{false,true}}>"
 
 
+#: Of rows, over the bar because ...
+SAMPLES = "a sample of 2 bytes takes as many instructions as one of 4, on 7.5 bfloat16 still more"
+GRADIENT = "x runs through the average too; a block scans kappa after lambda, with a barrier each"
+WIDE = "float64 joins by differences and by roots, and has half the samples to share a scan"
+SPLIT = "a tile a trip, with all that it knows of its row, its ticket and its look-back"
+LANES = "each row of a thread is scanned over warps by itself, for few samples of it"
+
+
+def rows(kind: str, gradient: bool, ceilings: dict[int, float], why: str) -> Iterator[Expected]:
+    """Aligned RowTiles of one dtype, by threads per row; ceilings of those above the bar."""
+    for team in (8, 32, 256):
+        yield Expected(
+            f"RowTiles<Tiling<{kind}, {team}, true, {str(gradient).lower()}>>",
+            aligned=True,
+            moves=(2, 1) if gradient else (1, 1),
+            barriers=2 if gradient and team == 256 else 1,
+            per_byte=ceilings.get(team, MOST_PER_BYTE),
+            why=why,
+        )
+
+
+def split(kind: str, forward: float, backward: float) -> Iterator[Expected]:
+    """Aligned SplitRows of one dtype."""
+    name, common = f"SplitRows<Tiling<{kind}, 256, true, ", {"aligned": True, "why": SPLIT}
+    yield Expected(f"{name}false>>", per_byte=forward, barriers=5, narrow=8, inner=6, **common)
+    yield Expected(
+        f"{name}true>>", per_byte=backward, barriers=8, narrow=12, inner=6, moves=(2, 1), **common
+    )
+
+
+def lanes(
+    kind: str,
+    forward: float,
+    backward: float,
+    moves: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (2, 1)),
+) -> Iterator[Expected]:
+    """Lanes of one dtype, 16 bytes a thread."""
+    common = {"aligned": True, "inner": 40, "narrow": 12, "why": LANES}
+    for gradient, ceiling in ((False, forward), (True, backward)):
+        yield Expected(
+            f"Lanes<{kind}, true, {str(gradient).lower()}>",
+            per_byte=ceiling,
+            barriers=3 if gradient else 2,
+            moves=moves[gradient],
+            **common,
+        )
+
+
 KERNELS = [
     Expected("write_answer"),  # probe.cu
-    Expected(f"RowTiles<Tiling<{STORAGE}, {{8,32,256}}, true, false>>", aligned=True),
-    Expected(f"RowTiles<Tiling<{STORAGE}, {{8,32,256}}, true, true>>", aligned=True, moves=(2, 1)),
+    *rows("Native<float>", False, {256: 2.6}, "the last of them by a hair"),
+    *rows("Native<double>", False, {256: 3.2}, WIDE),
+    *rows("Float16", False, {8: 2.9, 32: 3.5, 256: 3.7}, SAMPLES),
+    *rows("BFloat16", False, {8: 5.5, 32: 6.2, 256: 6.4}, SAMPLES),
+    *rows("Native<float>", True, {32: 2.9, 256: 3.3}, GRADIENT),
+    *rows("Native<double>", True, {8: 2.6, 32: 3.3, 256: 4.1}, GRADIENT),
+    *rows("Float16", True, {8: 5.0, 32: 5.9, 256: 6.6}, GRADIENT),
+    *rows("BFloat16", True, {8: 6.9, 32: 7.7, 256: 8.4}, GRADIENT),
     Expected(f"RowTiles<Tiling<{STORAGE}, {{8,32,256}}, false, {{false,true}}>>"),
     Expected(f"SplitHeads<Tiling<{STORAGE}, 256, {{false,true}}, {{false,true}}>>"),
-    Expected(f"SplitRows<Tiling<{STORAGE}, 256, true, false>>", aligned=True),
-    Expected(f"SplitRows<Tiling<{STORAGE}, 256, true, true>>", aligned=True, moves=(2, 1)),
+    *split("Native<float>", 4.4, 4.3),
+    *split("Native<double>", 7.4, 6.5),
+    *split("Float16", 5.3, 6.3),
+    *split("BFloat16", 7.5, 7.6),
     Expected(f"SplitRows<Tiling<{STORAGE}, 256, false, {{false,true}}>>"),
     *(Expected(names) for storage in STORAGES for names in varying(storage)),
     Expected(f"SplitSums<Tiling<{STORAGE}, 256, {{false,true}}, true>>"),
-    Expected(f"Lanes<{STORAGE}, true, false>", aligned=True),
-    Expected(f"Lanes<{STORAGE}, true, true>", aligned=True, moves=(2, 1)),
+    *lanes("Native<float>", 4.2, 5.2),
+    *lanes("Native<double>", 3.8, 4.8, ((4, 1), (4, 1))),  # each store is passed by itself
+    *lanes("Float16", 7.8, 11.5),
+    *lanes("BFloat16", 10.9, 13.5),
     Expected(f"Lanes<{STORAGE}, false, {{false,true}}>"),
     Expected(f"LaneSums<{STORAGE}, {{false,true}}>"),
     Expected(f"{{SumAlongTerms,SumAlongResults}}<{STORAGE}>"),
