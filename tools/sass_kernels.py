@@ -55,13 +55,14 @@ LANES = "each row of a thread is scanned over warps by itself, for few samples o
 def rows(kind: str, gradient: bool, ceilings: dict[int, float], why: str) -> Iterator[Expected]:
     """Aligned RowTiles of one dtype, by threads per row; ceilings of those above the bar."""
     for team in (8, 32, 256):
+        barriers, ceiling = 2 if gradient and team == 256 else 1, ceilings.get(team, MOST_PER_BYTE)
         yield Expected(
             f"RowTiles<Tiling<{kind}, {team}, true, {str(gradient).lower()}>>",
             aligned=True,
             moves=(2, 1) if gradient else (1, 1),
-            barriers=2 if gradient and team == 256 else 1,
-            per_byte=ceilings.get(team, MOST_PER_BYTE),
-            why=why,
+            barriers=barriers,
+            per_byte=ceiling,
+            why=why if barriers > 1 or ceiling > MOST_PER_BYTE else "",
         )
 
 
