@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tools"))
 
 import sass  # noqa: E402
-from sass_kernels import Expected  # noqa: E402, KERNELS, MOST_PER_BYTE
+from sass_kernels import KERNELS, MOST_PER_BYTE, Expected  # noqa: E402
 from sass_loops import Instruction, main_loop  # noqa: E402
 
 ARCH = "9.0"
