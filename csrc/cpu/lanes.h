@@ -1,23 +1,26 @@
 // Vectors of rows that walk along time together: rows that lie side by side in memory, as in
 // (batch, time, channels) scanned over time, so that memory is read and written in its own order;
-// and very short rows.
+// and short rows, which are brought side by side (lane_stage.h).
 #pragma once
 
-#include "cpu/tuning.h"
-#include "cpu/walk.h"
+#include "cpu/lane_block.h"
 
 namespace ema_ext::cpu::EMA_EXT_LEVEL {
 
-// Up to Count blocks of one size, without the need of an empty one.
-template <class Block, int Count>
+// Up to kMost blocks and their coefficients, without the need of an empty one.
+template <class Block, int kMost>
 class Blocks {
  public:
-  explicit Blocks(const Problem& problem) : problem_(problem) {}
+  explicit Blocks(const Problem& problem)
+      : problem_(problem),
+        stride_(problem.ndim > 0 ? problem.coefficient.row_strides[problem.ndim - 1] : 0) {}
 
-  // Takes blocks from the next `rows` rows while a whole one fits; returns the rows left.
-  int64_t take(int64_t rows, RowOffsets& at) {
-    for (; rows >= Block::kRows; rows -= Block::kRows) new (place(count_++)) Block(problem_, at);
-    return rows;
+  // A block of the next `rows` rows; moves `at` past them.
+  void add(int rows, RowOffsets& at) {
+    Coefficients* k = reinterpret_cast<Coefficients*>(coefficients_) + (stride_ == 0 ? 0 : count_);
+    if (stride_ != 0 || count_ == 0) new (k) Coefficients(problem_, at.coefficient, stride_, rows);
+    new (place(count_++)) Block(problem_, at, rows, *k);
+    if (problem_.ndim > 0) at.move(problem_, problem_.ndim - 1, rows);
   }
   void walk(int64_t begin, int64_t end) {
     for (int i = 0; i < count_; ++i) place(i)->walk(begin, end);
@@ -27,33 +30,33 @@ class Blocks {
   }
 
  private:
+  using Coefficients = typename Block::Coefficients;
+
   Block* place(int i) { return reinterpret_cast<Block*>(memory_) + i; }
 
   const Problem& problem_;
+  const int64_t stride_;  // of the coefficient, from row to row
   int count_ = 0;
-  alignas(Block) char memory_[Count * sizeof(Block)];
+  alignas(Coefficients) char coefficients_[kMost * sizeof(Coefficients)];
+  alignas(Block) char memory_[kMost * sizeof(Block)];
 };
 
 // `rows` neighbouring rows from `at` on: all blocks pass through a stretch of time before any goes
 // on to the next, so that memory is met in long runs.
 template <class Storage>
 void walk_lanes(const Problem& problem, RowOffsets at, int64_t rows) {
-  constexpr int kN = kLanes<double>, kWide = kLanesPerBlock / kN < 8 ? kLanesPerBlock / kN : 8;
-  Blocks<Block<Storage, kN, kWide>, kBlocksPerWalk * kLanesPerBlock / (kN * kWide)> wide(problem);
-  Blocks<Block<Storage, kN, 1>, kWide - 1> narrow(problem);
-  Blocks<Block<Storage, 1, 1>, kN - 1> single(problem);
-  rows = wide.take(rows, at);
-  rows = narrow.take(rows, at);
-  single.take(rows, at);
+  constexpr int kN = kLanes<typename Storage::Acc>, kWide = kLanesPerBlock / kN;
+  Blocks<LaneBlock<Storage, kWide>, kBlocksPerWalk> wide(problem);
+  Blocks<LaneBlock<Storage, 1>, kWide> narrow(problem);
+  for (; rows >= kWide * kN; rows -= kWide * kN) wide.add(kWide * kN, at);
+  for (; rows > 0; rows -= kN) narrow.add(static_cast<int>(rows < kN ? rows : kN), at);
   for (int64_t begin = 0; begin < problem.length; begin += kLaneSteps) {
     const int64_t end = problem.length - begin < kLaneSteps ? problem.length : begin + kLaneSteps;
     wide.walk(begin, end);
     narrow.walk(begin, end);
-    single.walk(begin, end);
   }
   wide.write_ends();
   narrow.write_ends();
-  single.write_ends();
 }
 
 // Items [begin, end): each kLanesPerBlock neighbouring rows, or those left of the innermost axis.

@@ -62,7 +62,7 @@ struct RowScan {
 
   // Scans a row from end to end.
   RowEnd scan(const Row<Storage>& row, const RowOffsets& at) const {
-    if (!fits || problem.length < kShortRow) return walk_row<Storage>(problem, at);
+    if (!fits || problem.length < kTiledRow) return walk_row<Storage>(problem, at);
     Carry carry = first_carry(row);
     SegmentEnd whole = segment<true>(row, 0, carry);
     Carry aggregate = whole.aggregate;

@@ -9,6 +9,7 @@
 
 // GCC 12 warns of the undefined vectors that AVX-512 intrinsics start from.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #include <immintrin.h>
 
@@ -88,6 +89,24 @@ EMA_EXT_INLINE Vector<T, N> earlier_by(Vector<T, N> neighbour, Vector<T, N> vect
     return shift_lanes<N - K>(vector, neighbour, Lanes{});
 }
 
+// Two vectors as one, and a vector's lower (0) or upper (1) half.
+template <class T, int N, int... I>
+EMA_EXT_INLINE Vector<T, 2 * N> join(Vector<T, N> low, Vector<T, N> high, Indices<I...>) {
+  return __builtin_shufflevector(low, high, I...);
+}
+template <class T, int N>
+EMA_EXT_INLINE Vector<T, 2 * N> join(Vector<T, N> low, Vector<T, N> high) {
+  return join<T, N>(low, high, typename MakeIndices<2 * N>::type{});
+}
+template <int kHalf, class T, int N, int... I>
+EMA_EXT_INLINE Vector<T, N / 2> half(Vector<T, N> v, Indices<I...>) {
+  return __builtin_shufflevector(v, v, (kHalf * N / 2 + I)...);
+}
+template <int kHalf, class T, int N>
+EMA_EXT_INLINE Vector<T, N / 2> half(Vector<T, N> v) {
+  return half<kHalf, T, N>(v, typename MakeIndices<N / 2>::type{});
+}
+
 // Between float and float64 lanes. (GCC 12 splits its own conversion of 4 or 8 lanes in two.)
 template <int N>
 EMA_EXT_INLINE Vector<double, N> widen(Vector<float, N> v) {
@@ -125,10 +144,8 @@ EMA_EXT_INLINE double sum_lanes(Vector<T, N> v) {
   if constexpr (N == 1) {
     return v[0];
   } else {
-    Vector<T, N / 2> low, high;
-    std::memcpy(&low, &v, sizeof low);
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    return sum_lanes<double, N / 2>(widen<N / 2>(low) + widen<N / 2>(high));
+    return sum_lanes<double, N / 2>(widen<N / 2>(half<0, T, N>(v)) +
+                                    widen<N / 2>(half<1, T, N>(v)));
   }
 }
 

@@ -63,6 +63,12 @@ struct BFloat16 {
       return (Vector<float, N>)((Bits)_mm_cvtepu16_epi32(samples) << 16);
     }
 #endif
+#if EMA_EXT_VECTOR_BYTES >= 32
+    if constexpr (N == 8) {
+      const auto samples = _mm256_cvtepu16_epi32(load<__m128i>(from));
+      return (Vector<float, N>)_mm256_slli_epi32(samples, 16);
+    }
+#endif
     const auto bits = __builtin_convertvector(load<Vector<uint16_t, N>>(from), Bits) << 16;
     return load<Vector<float, N>>(&bits);
   }
@@ -77,6 +83,10 @@ struct BFloat16 {
     if constexpr (N == 4) {
       const auto packed = _mm_packus_epi32((__m128i)kept, (__m128i)kept);
       return _mm_storel_epi64(reinterpret_cast<__m128i*>(to), packed);
+    }
+    if constexpr (N == 8) {
+      const auto packed = _mm256_packus_epi32((__m256i)kept, (__m256i)kept);
+      return store(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
     }
 #endif
     store(to, __builtin_convertvector(kept, Vector<uint16_t, N>));
@@ -136,6 +146,8 @@ struct Float16 {
 #if EMA_EXT_VECTOR_BYTES >= 32
     if constexpr (N == 4)
       _mm_storeu_ps(values, _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+    else if constexpr (N == 8)
+      return (Vector<float, N>)_mm256_cvtph_ps(load<__m128i>(from));
     else
 #endif
       unpack(from, N, values);
@@ -148,6 +160,8 @@ struct Float16 {
       const auto halves = _mm_cvtps_ph(load<__m128>(&values), _MM_FROUND_TO_NEAREST_INT);
       return _mm_storel_epi64(reinterpret_cast<__m128i*>(to), halves);
     }
+    if constexpr (N == 8)
+      return store(to, _mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT));
 #endif
     pack(reinterpret_cast<const float*>(&values), N, to);
   }

@@ -30,13 +30,13 @@ void move_axis(Problem& problem, int from, int to) {
 }
 
 // The axis whose rows walk side by side, or -1: one along which they touch in every tensor of
-// samples; for very short rows, whatever their strides, the longest.
-int lane_axis(const Problem& problem) {
-  if (forced(Strategy::kRows) || forced(Strategy::kCut)) return -1;
-  if (problem.length < kShortRow || forced(Strategy::kLanes)) {
-    const int64_t* longest = std::max_element(problem.sizes, problem.sizes + problem.ndim);
-    return problem.ndim > 0 ? static_cast<int>(longest - problem.sizes) : -1;
-  }
+// samples; for short rows, whatever their strides, the longest.
+int lane_axis(const Problem& problem, bool varying) {
+  if (forced(Strategy::kRows) || forced(Strategy::kCut) || problem.ndim == 0) return -1;
+  const int64_t* longest = std::max_element(problem.sizes, problem.sizes + problem.ndim);
+  const bool brief = problem.length < kTiledRow;
+  const bool many = problem.length < kShortRow && *longest >= kShortRows && !varying;
+  if (brief || many || forced(Strategy::kLanes)) return static_cast<int>(longest - problem.sizes);
   const bool contiguous_in_time = problem.x.time_stride == 1 || problem.x.time_stride == -1;
   for (int d = 0; d < problem.ndim && !contiguous_in_time; ++d) {
     if (rows_touch(problem, d)) return d;
@@ -48,7 +48,7 @@ int lane_axis(const Problem& problem) {
 
 Plan make_plan(Problem& problem, int threads) {
   const bool varying = problem.varying || problem.op == Op::kLinearRecurrenceBackward;
-  const int lane = lane_axis(problem);
+  const int lane = lane_axis(problem, varying);
   if (lane >= 0) {
     const int64_t width = problem.sizes[lane];
     move_axis(problem, lane, problem.ndim - 1);

@@ -26,8 +26,14 @@ inline __attribute__((always_inline)) int64_t segment_length(const Problem& prob
 // What finding a segment's aggregate takes of the time to scan it.
 constexpr double kAggregateCost = 0.6;
 
-// Rows shorter than this walk side by side, sample by sample: a tile has a fixed cost.
-constexpr int64_t kShortRow = 32;
+// Rows shorter than this are not worth a tile.
+constexpr int64_t kTiledRow = 32;
+
+// Rows shorter than this walk side by side where there are kShortRows of them: what a row costs by
+// tiles besides its samples, its tail above all, is saved from 64 samples by half and more, and
+// begins to be less than what bringing rows side by side takes between 128 and 256.
+constexpr int64_t kShortRow = 192;
+constexpr int64_t kShortRows = 8;
 
 // Samples that pass through a buffer in L1 at a time, where the kernel cannot read memory directly.
 // A multiple of every tile.
