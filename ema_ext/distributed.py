@@ -16,9 +16,9 @@ of the state that this rank handed on (docs/gradients.md).
 Aggregates and products travel and are folded in float64, 24 bytes per row and rank: so the rounding
 does not grow with the number of ranks, and a message this small costs its latency anyway.
 
-The engine is torch.distributed: any backend, gloo on the CPU and nccl on CUDA. Every rank meets the
-same collectives in the same order, whatever it holds, in every pass: one call of `_Sharded` is two
-all-gathers, its backward pass one.
+The engine is torch.distributed, its functional collectives, and any backend: gloo on the CPU, nccl
+on CUDA. Every rank meets the same collectives in the same order, whatever it holds, in every pass:
+one call of `_Sharded` is two all-gathers, its backward pass one.
 """
 
 from __future__ import annotations
@@ -654,5 +654,5 @@ def _per_row(value: Tensor, x: Tensor, dim: int) -> Tensor:
 
 
 _untraced: Callable[..., Tensor | tuple[Tensor, Tensor]] = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _call, reason="the messages of ema_ext.distributed cannot be traced"
+    _call, reason="ema_ext.distributed goes by the lengths of other ranks' pieces"
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,10 +29,16 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.func import grad, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ema_ext
 from ema_ext import EMA, distributed
 from ema_ext._autograd import varies
+from ema_ext._line import Line
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+from scaling import Traffic
 
 CHECKS: list[ranks.Check] = []
 
@@ -305,32 +312,61 @@ def a_group_within_the_group() -> None:
     torch.testing.assert_close(y, expected)
 
 
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """The bytes of every message that this rank sends to all."""
-    sent: list[int] = []
-    gather = dist.all_gather_single
+@check
+def traffic_is_independent_of_the_length() -> None:
+    """Catches samples on the wire, and a message that goes by another way."""
+    options = {"initial_state": 0.5, "return_state": True}
+    gather, total = "all_gather_into_tensor", "all_reduce"
+    for length in (1, 10, 1000):
+        for alpha in (0.1, torch.full((5, length), 0.1)):
+            x = torch.ones(5, length, requires_grad=True)
+            with Traffic() as traffic:
+                y = distributed.ema(x, alpha)
+                y.sum().backward()
+            assert traffic.sent == [(gather, 16), (gather, 24 * 5), (gather, 8 * 5)]
+            with Traffic() as traffic:
+                y, state = distributed.ema(x, alpha, **options)
+                (y.sum() + state.sum()).backward()
+            assert traffic.sent == [(gather, 16), (gather, 24 * 5), (gather, 16 * 5)]
+        with Traffic() as traffic:
+            results = distributed.ema(x, alpha, **options)
+            given = [result.detach().requires_grad_() for result in results]
+            (found,) = torch.autograd.grad(results, x, given, create_graph=True)
+            found.sum().backward()
+        again = [(gather, 16), (gather, 24 * 5)]
+        assert traffic.sent == [*again, (total, 8 * 5), *again, (gather, 16 * 5), (total, 8 * 5)]
 
-    def count(output: Tensor, message: Tensor, *args: Any, **options: Any) -> Any:
-        sent.append(message.nbytes)
-        return gather(output, message, *args, **options)
 
-    dist.all_gather_single = count
-    try:
-        yield sent
-    finally:
-        dist.all_gather_single = gather
+def traced(function: Callable[[Tensor], Tensor], value: Tensor) -> str:
+    """The program that the function is to a tracer."""
+    code: str = make_fx(lambda value: function(value))(value).code
+    return code
 
 
 @check
-def traffic_is_independent_of_the_length() -> None:
-    """Catches samples on the wire."""
-    for length in (1, 10, 1000):
-        x = torch.ones(5, length, requires_grad=True)
-        with counted() as sent:
-            y = distributed.ema(x, 0.1)
-            y.sum().backward()
-        assert sent == [16, 24 * 5, 8 * 5]
+def messages_are_functional_collectives() -> None:
+    """Catches a message that autograd does not see, or a tracer."""
+    world, own = dist.get_world_size(), dist.get_rank()
+    shares, along = signal(world, 3, seed=1), signal(world, 3, seed=2)
+    for reverse in (False, True):
+        line = Line.of(None, reverse)
+        gathered = (lambda every: every.flip(0)) if reverse else lambda every: every
+        for send, alone, shape in (
+            (line.gather, gathered, (world, 3)),
+            (line.total, lambda every: every.sum(0), (3,)),
+        ):
+            weights = signal(world, *shape, seed=3)  # each rank's own
+            share, every = (v.clone().requires_grad_() for v in (shares[own], shares))
+            loss = (weights[own] * send(share) ** 3).sum()
+            losses = (weights * alone(every) ** 3).sum()
+            for _ in range(3):
+                (found,) = torch.autograd.grad(loss, share, create_graph=True)
+                (expected,) = torch.autograd.grad(losses, every, create_graph=True)
+                torch.testing.assert_close(found, expected[own])
+                loss, losses = (found * along[own]).sum(), (expected * along).sum()
+            code = traced(send, shares[own])
+            assert "_c10d_functional.all_" in code
+            assert "_c10d_functional.wait_tensor" in code
 
 
 @check
@@ -628,7 +664,7 @@ def what_is_not_supported_raises() -> None:
             function(forward_ad.make_dual(x, x), 0.5)
         torch._dynamo.reset()
         with pytest.raises(
-            torch._dynamo.exc.Unsupported, match=r"messages of ema_ext\.distributed"
+            torch._dynamo.exc.Unsupported, match=r"ema_ext\.distributed goes by the lengths"
         ):
             torch.compile(function, fullgraph=True, backend="eager")(x, 0.5)
         broken = torch.compile(lambda x, f=function: f(x + 1, 0.5) * 2, backend="eager")
