@@ -801,26 +801,32 @@ def test_without_a_group() -> None:
             call(torch.ones(3), torch.ones(3))
 
 
-def fails(rank: int, world: int, folder: str, hangs: bool) -> None:
-    """The last rank dies, or hangs, before the second call; the others see how that one ends."""
+def fails(rank: int, world: int, folder: str, hangs: bool, backward: bool) -> None:
+    """The last rank dies, or hangs, after one call; the others see how their next pass ends."""
     ranks.join_group(rank, world, folder, seconds=2)
-    x = torch.ones(3)
-    distributed.ema(x, 0.1)
+    x = torch.ones(3, requires_grad=True)
+    y = distributed.ema(x, 0.1)
     if rank == world - 1:
         time.sleep(30 if hangs else 0)
         os._exit(0)
     began = time.monotonic()
     with pytest.raises(RuntimeError):
-        distributed.ema(x, 0.1)
+        y.sum().backward() if backward else distributed.ema(x, 0.1)
     assert time.monotonic() - began < 15
     (Path(folder) / f"{rank} was told").touch()
     os._exit(0)  # without the group's own farewell, which would wait for the others
 
 
-@pytest.mark.parametrize("hangs", [False, True], ids=["dies", "hangs"])
-def test_a_failing_rank_gives_the_others_an_error(hangs: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("hangs", "backward"),
+    [(False, False), (True, False), (False, True)],
+    ids=["dies", "hangs", "dies before backward"],
+)
+def test_a_failing_rank_gives_the_others_an_error(
+    hangs: bool, backward: bool, tmp_path: Path
+) -> None:
     """Catches a wait without end, and one that does not honour the group's timeout."""
-    context = ranks.start(fails, (3, str(tmp_path), hangs), 3)
+    context = ranks.start(fails, (3, str(tmp_path), hangs, backward), 3)
     told = [tmp_path / f"{rank} was told" for rank in range(2)]
     try:
         deadline = time.monotonic() + 60
