@@ -481,10 +481,11 @@ class _Sharded(Function):
         )
         carry = states[line.place]
 
-        y = torch.empty_like(x)
         if length:
             arguments = coefficient, None if begins else carry, dim, line.reverse
             y = problem.recurrence.scan(x, *arguments)
+        else:
+            y = torch.empty_like(x)
         ctx.problem, ctx.begins = problem, begins
         ctx.number = coefficient if isinstance(coefficient, float) else None
         tensor = None if isinstance(coefficient, float) else coefficient
@@ -516,12 +517,13 @@ def _fused_backward(
     turned = Product(*(value.flip(0) for value in products))
     to_states = fold(gathered[:, 0].flip(0), turned, last).flip(0)
 
-    grad_x, grad_coefficient = torch.empty_like(grad_y), None
     if length:
         start = None if ctx.begins else carry
         grad_x, grad_coefficient, _ = problem.recurrence.backward(
             grad_y, to_states[line.place + 1], x, coefficient, y, start, dim, line.reverse
         )
+    else:
+        grad_x, grad_coefficient = torch.empty_like(grad_y), None
     if not ctx.needs_input_grad[2]:
         grad_coefficient = None
     elif not length:

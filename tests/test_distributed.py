@@ -30,6 +30,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.func import grad, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ema_ext
 from ema_ext import EMA, distributed
@@ -335,6 +336,40 @@ def traffic_is_independent_of_the_length() -> None:
             found.sum().backward()
         again = [(gather, 16), (gather, 24 * 5)]
         assert traffic.sent == [*again, (total, 8 * 5), *again, (gather, 16 * 5), (total, 8 * 5)]
+
+
+class Made(TorchDispatchMode):
+    """Counts the tensors of at least so many samples that operators make, views left out."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self.samples, self.count = samples, 0
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
+    ) -> Any:
+        results = operator(*arguments, **(options or {}))
+        if not operator.is_view:
+            made = results if isinstance(results, tuple) else (results,)
+            self.count += sum(isinstance(t, Tensor) and t.numel() >= self.samples for t in made)
+        return results
+
+
+@check
+def a_piece_is_aggregated_in_place() -> None:
+    """Catches what is made of the size of a piece beside y and the gradients: 3N bytes are read and
+    written, and a piece may fill half of the memory."""
+    own = lengths(3000, 2000, 1000, 1000)[dist.get_rank()]
+    samples = torch.ones(2, own)
+    for alpha in (0.1, torch.tensor(0.1), torch.full((2, own), 0.1)):
+        learned = alpha.clone().requires_grad_() if isinstance(alpha, Tensor) else None
+        x = samples.clone().requires_grad_()
+        with parts_of(64), Made(samples.numel()) as made:
+            y = distributed.ema(x, alpha if learned is None else learned)
+        assert made.count == 1
+        with parts_of(64), Made(samples.numel()) as made:
+            torch.autograd.grad(y, x if learned is None else (x, learned), samples)
+        assert made.count == 1 + (learned is not None and learned.dim() > 0)
 
 
 def traced(function: Callable[[Tensor], Tensor], value: Tensor) -> str:
