@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from measure import readable
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import ema_ext
@@ -57,21 +58,20 @@ def seconds(call: Callable[[], object], rounds: int) -> float:
     return best
 
 
-def bytes_sent(call: Callable[[], object]) -> int:
-    """What this rank gives to each other one in one call."""
-    gather, total = dist.all_gather_single, 0
+class Traffic(TorchDispatchMode):
+    """Notes each message that this rank gives to every other one: the collective, and the bytes."""
 
-    def count(output: Tensor, message: Tensor, *args: Any, **options: Any) -> Any:
-        nonlocal total
-        total += message.nbytes
-        return gather(output, message, *args, **options)
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
 
-    dist.all_gather_single = count
-    try:
-        call()
-    finally:
-        dist.all_gather_single = gather
-    return total
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
+    ) -> Any:
+        library, name = operator.name().split("::")
+        if "c10d" in library and "wait" not in name:
+            self.sent.append((name, arguments[0].nbytes))
+        return operator(*arguments, **(options or {}))
 
 
 def work(rank: int, world: int, folder: str, rounds: int) -> None:
@@ -90,7 +90,9 @@ def work(rank: int, world: int, folder: str, rounds: int) -> None:
             ]
             for name, run in (("forward", lambda scan, x: scan(x)), ("forward + backward", both)):
                 alone, sharded = (seconds(lambda s=s, r=run, x=x: r(s, x), rounds) for s in scans)
-                sent = bytes_sent(lambda s=scans[1], r=run, x=x: r(s, x))
+                with Traffic() as traffic:
+                    run(scans[1], x)
+                sent = sum(count for _, count in traffic.sent)
                 found[shape, name + kind] = alone, sharded, sent
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")

@@ -40,7 +40,8 @@ class Product(NamedTuple):
         while True:
             length = mantissa.shape[-1]
             count = max(-(-length // BLOCK), 1)
-            blocks = pad(mantissa, (0, count * BLOCK - length), value=1.0)
+            missing = count * BLOCK - length
+            blocks = pad(mantissa, (0, missing), value=1.0) if missing else mantissa
             blocks = blocks.reshape(*blocks.shape[:-1], count, BLOCK)
             mantissa, shift = _multiplied(blocks)
             exponent = exponent + shift.sum(-1)

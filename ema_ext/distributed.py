@@ -16,9 +16,9 @@ of the state that this rank handed on (docs/gradients.md).
 Aggregates and products travel and are folded in float64, 24 bytes per row and rank: so the rounding
 does not grow with the number of ranks, and a message this small costs its latency anyway.
 
-The engine is torch.distributed: any backend, gloo on the CPU and nccl on CUDA. Every rank meets the
-same collectives in the same order, whatever it holds, in every pass: one call of `_Sharded` is two
-all-gathers, its backward pass one.
+The engine is torch.distributed, its functional collectives, and any backend: gloo on the CPU, nccl
+on CUDA. Every rank meets the same collectives in the same order, whatever it holds, in every pass:
+one call of `_Sharded` is two all-gathers, its backward pass one.
 """
 
 from __future__ import annotations
@@ -481,10 +481,11 @@ class _Sharded(Function):
         )
         carry = states[line.place]
 
-        y = torch.empty_like(x)
         if length:
             arguments = coefficient, None if begins else carry, dim, line.reverse
             y = problem.recurrence.scan(x, *arguments)
+        else:
+            y = torch.empty_like(x)
         ctx.problem, ctx.begins = problem, begins
         ctx.number = coefficient if isinstance(coefficient, float) else None
         tensor = None if isinstance(coefficient, float) else coefficient
@@ -516,12 +517,13 @@ def _fused_backward(
     turned = Product(*(value.flip(0) for value in products))
     to_states = fold(gathered[:, 0].flip(0), turned, last).flip(0)
 
-    grad_x, grad_coefficient = torch.empty_like(grad_y), None
     if length:
         start = None if ctx.begins else carry
         grad_x, grad_coefficient, _ = problem.recurrence.backward(
             grad_y, to_states[line.place + 1], x, coefficient, y, start, dim, line.reverse
         )
+    else:
+        grad_x, grad_coefficient = torch.empty_like(grad_y), None
     if not ctx.needs_input_grad[2]:
         grad_coefficient = None
     elif not length:
@@ -654,5 +656,5 @@ def _per_row(value: Tensor, x: Tensor, dim: int) -> Tensor:
 
 
 _untraced: Callable[..., Tensor | tuple[Tensor, Tensor]] = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _call, reason="the messages of ema_ext.distributed cannot be traced"
+    _call, reason="ema_ext.distributed goes by the lengths of other ranks' pieces"
 )

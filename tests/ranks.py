@@ -22,6 +22,15 @@ from torch import Tensor
 
 Check = Callable[[], None]
 
+#: Modules that the checks need, or that torch imports as they ask for its compiler and DTensor.
+PRELOADED = [
+    "ranks",
+    "ema_ext.distributed",
+    "torch._dynamo",
+    "torch.distributed.tensor.debug",
+    "torch.distributed.tensor.experimental",
+]
+
 #: What a collective may wait for a rank, and what all checks of one world may take: seconds.
 PATIENCE, LIMIT = 30, 150
 
@@ -58,8 +67,8 @@ def run(checks: Sequence[Check], world: int) -> dict[str, str]:
 def start(
     work: Callable[..., None], arguments: tuple[object, ...], count: int
 ) -> mp.ProcessContext:
-    """``count`` processes, each at work(rank, *arguments); torch is imported once for all."""
-    mp.set_forkserver_preload(["ema_ext.distributed", "torch.distributed.tensor.debug", "pytest"])
+    """``count`` processes, each at work(rank, *arguments); what takes long to import is so once."""
+    mp.set_forkserver_preload(PRELOADED)
     return mp.start_processes(work, arguments, nprocs=count, join=False, start_method="forkserver")
 
 

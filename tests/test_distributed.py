@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,10 +29,17 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.func import grad, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ema_ext
 from ema_ext import EMA, distributed
 from ema_ext._autograd import varies
+from ema_ext._line import Line
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+from scaling import Traffic
 
 CHECKS: list[ranks.Check] = []
 
@@ -305,32 +313,95 @@ def a_group_within_the_group() -> None:
     torch.testing.assert_close(y, expected)
 
 
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """The bytes of every message that this rank sends to all."""
-    sent: list[int] = []
-    gather = dist.all_gather_single
+@check
+def traffic_is_independent_of_the_length() -> None:
+    """Catches samples on the wire, and a message that goes by another way."""
+    options = {"initial_state": 0.5, "return_state": True}
+    gather, total = "all_gather_into_tensor", "all_reduce"
+    for length in (1, 10, 1000):
+        for alpha in (0.1, torch.full((5, length), 0.1)):
+            x = torch.ones(5, length, requires_grad=True)
+            with Traffic() as traffic:
+                y = distributed.ema(x, alpha)
+                y.sum().backward()
+            assert traffic.sent == [(gather, 16), (gather, 24 * 5), (gather, 8 * 5)]
+            with Traffic() as traffic:
+                y, state = distributed.ema(x, alpha, **options)
+                (y.sum() + state.sum()).backward()
+            assert traffic.sent == [(gather, 16), (gather, 24 * 5), (gather, 16 * 5)]
+        with Traffic() as traffic:
+            results = distributed.ema(x, alpha, **options)
+            given = [result.detach().requires_grad_() for result in results]
+            (found,) = torch.autograd.grad(results, x, given, create_graph=True)
+            found.sum().backward()
+        again = [(gather, 16), (gather, 24 * 5)]
+        assert traffic.sent == [*again, (total, 8 * 5), *again, (gather, 16 * 5), (total, 8 * 5)]
 
-    def count(output: Tensor, message: Tensor, *args: Any, **options: Any) -> Any:
-        sent.append(message.nbytes)
-        return gather(output, message, *args, **options)
 
-    dist.all_gather_single = count
-    try:
-        yield sent
-    finally:
-        dist.all_gather_single = gather
+class Made(TorchDispatchMode):
+    """Counts the tensors of at least so many samples that operators make, views left out."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self.samples, self.count = samples, 0
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
+    ) -> Any:
+        results = operator(*arguments, **(options or {}))
+        if not operator.is_view:
+            made = results if isinstance(results, tuple) else (results,)
+            self.count += sum(isinstance(t, Tensor) and t.numel() >= self.samples for t in made)
+        return results
 
 
 @check
-def traffic_is_independent_of_the_length() -> None:
-    """Catches samples on the wire."""
-    for length in (1, 10, 1000):
-        x = torch.ones(5, length, requires_grad=True)
-        with counted() as sent:
-            y = distributed.ema(x, 0.1)
-            y.sum().backward()
-        assert sent == [16, 24 * 5, 8 * 5]
+def a_piece_is_aggregated_in_place() -> None:
+    """Catches what is made of the size of a piece beside y and the gradients: 3N bytes are read and
+    written, and a piece may fill half of the memory."""
+    own = lengths(3000, 2000, 1000, 1000)[dist.get_rank()]
+    samples = torch.ones(2, own)
+    for alpha in (0.1, torch.tensor(0.1), torch.full((2, own), 0.1)):
+        learned = alpha.clone().requires_grad_() if isinstance(alpha, Tensor) else None
+        x = samples.clone().requires_grad_()
+        with parts_of(64), Made(samples.numel()) as made:
+            y = distributed.ema(x, alpha if learned is None else learned)
+        assert made.count == 1
+        with parts_of(64), Made(samples.numel()) as made:
+            torch.autograd.grad(y, x if learned is None else (x, learned), samples)
+        assert made.count == 1 + (learned is not None and learned.dim() > 0)
+
+
+def traced(function: Callable[[Tensor], Tensor], value: Tensor) -> str:
+    """The program that the function is to a tracer."""
+    code: str = make_fx(lambda value: function(value))(value).code
+    return code
+
+
+@check
+def messages_are_functional_collectives() -> None:
+    """Catches a message that autograd does not see, or a tracer."""
+    world, own = dist.get_world_size(), dist.get_rank()
+    shares, along = signal(world, 3, seed=1), signal(world, 3, seed=2)
+    for reverse in (False, True):
+        line = Line.of(None, reverse)
+        gathered = (lambda every: every.flip(0)) if reverse else lambda every: every
+        for send, alone, shape in (
+            (line.gather, gathered, (world, 3)),
+            (line.total, lambda every: every.sum(0), (3,)),
+        ):
+            weights = signal(world, *shape, seed=3)  # each rank's own
+            share, every = (v.clone().requires_grad_() for v in (shares[own], shares))
+            loss = (weights[own] * send(share) ** 3).sum()
+            losses = (weights * alone(every) ** 3).sum()
+            for _ in range(3):
+                (found,) = torch.autograd.grad(loss, share, create_graph=True)
+                (expected,) = torch.autograd.grad(losses, every, create_graph=True)
+                torch.testing.assert_close(found, expected[own])
+                loss, losses = (found * along[own]).sum(), (expected * along).sum()
+            code = traced(send, shares[own])
+            assert "_c10d_functional.all_" in code
+            assert "_c10d_functional.wait_tensor" in code
 
 
 @check
@@ -628,7 +699,7 @@ def what_is_not_supported_raises() -> None:
             function(forward_ad.make_dual(x, x), 0.5)
         torch._dynamo.reset()
         with pytest.raises(
-            torch._dynamo.exc.Unsupported, match=r"messages of ema_ext\.distributed"
+            torch._dynamo.exc.Unsupported, match=r"ema_ext\.distributed goes by the lengths"
         ):
             torch.compile(function, fullgraph=True, backend="eager")(x, 0.5)
         broken = torch.compile(lambda x, f=function: f(x + 1, 0.5) * 2, backend="eager")
@@ -765,26 +836,32 @@ def test_without_a_group() -> None:
             call(torch.ones(3), torch.ones(3))
 
 
-def fails(rank: int, world: int, folder: str, hangs: bool) -> None:
-    """The last rank dies, or hangs, before the second call; the others see how that one ends."""
+def fails(rank: int, world: int, folder: str, hangs: bool, backward: bool) -> None:
+    """The last rank dies, or hangs, after one call; the others see how their next pass ends."""
     ranks.join_group(rank, world, folder, seconds=2)
-    x = torch.ones(3)
-    distributed.ema(x, 0.1)
+    x = torch.ones(3, requires_grad=True)
+    y = distributed.ema(x, 0.1)
     if rank == world - 1:
         time.sleep(30 if hangs else 0)
         os._exit(0)
     began = time.monotonic()
     with pytest.raises(RuntimeError):
-        distributed.ema(x, 0.1)
+        y.sum().backward() if backward else distributed.ema(x, 0.1)
     assert time.monotonic() - began < 15
     (Path(folder) / f"{rank} was told").touch()
     os._exit(0)  # without the group's own farewell, which would wait for the others
 
 
-@pytest.mark.parametrize("hangs", [False, True], ids=["dies", "hangs"])
-def test_a_failing_rank_gives_the_others_an_error(hangs: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("hangs", "backward"),
+    [(False, False), (True, False), (False, True)],
+    ids=["dies", "hangs", "dies before backward"],
+)
+def test_a_failing_rank_gives_the_others_an_error(
+    hangs: bool, backward: bool, tmp_path: Path
+) -> None:
     """Catches a wait without end, and one that does not honour the group's timeout."""
-    context = ranks.start(fails, (3, str(tmp_path), hangs), 3)
+    context = ranks.start(fails, (3, str(tmp_path), hangs, backward), 3)
     told = [tmp_path / f"{rank} was told" for rank in range(2)]
     try:
         deadline = time.monotonic() + 60
