@@ -569,7 +569,8 @@ def _aged(
     """The same for a ratio per sample: total[n] = ratio[n] total[n-1] + drive[n], and the error."""
     wide, exact = unit(torch.float64), oracle.UNIT
     base = unit(dtype) * roundings.base + wide * roundings.base_wide + exact * ORACLE.base
-    per_step = wide * roundings.per_step_wide + exact * ORACLE.per_step
+    per_step = unit(dtype) * roundings.per_step + wide * roundings.per_step_wide
+    per_step = per_step + exact * ORACLE.per_step
     tiny = longdouble(subnormal(torch.float64 if roundings is VARYING else dtype))
     tiny = tiny * (roundings.base + roundings.base_wide)
     with np.errstate(all="ignore"):
