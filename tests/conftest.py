@@ -29,7 +29,7 @@ backends.choose(os.environ.get("EMA_EXT_BACKEND", "cpu"))
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not bounds.WORST:
         return
-    terminalreporter.section("worst error / bound")
+    terminalreporter.section(f"worst error / bound, {backends.described()}")
     width = max(map(len, bounds.WORST))
     for label, ratio in sorted(bounds.WORST.items()):
         terminalreporter.write_line(f"{label:<{width}}  {ratio:.3f}")

@@ -213,8 +213,9 @@ def calls(
     if states and draw(st.booleans()):
         # in the dtype that states are kept in, or one that is exact in it
         wide = bounds.accumulate_dtype(dtype)
-        kept = draw(st.sampled_from([wide, torch.float32, torch.bfloat16]))
-        state = normal(seed + 2, *broadcast(tuple(rows))).to(device, kept)
+        kept = draw(st.sampled_from([wide, torch.float32, torch.bfloat16, None]))
+        state = normal(seed + 2, *broadcast(tuple(rows) if kept else ())).to(device, kept or wide)
+        state = state if kept else state.item()
     start = draw(st.sampled_from([dim, dim - len(shape)]))
     reverse, strategy = draw(st.booleans()), draw(st.sampled_from(STRATEGIES))
     threads = draw(st.integers(1, 3))
@@ -315,6 +316,8 @@ def test_identity_and_hold(call: Call, tensor: bool) -> None:
 @given(calls(least=1), st.integers(0, 99))
 def test_the_backward_is_the_transpose(call: Call, seed: int) -> None:
     """Catches <g, S x> != <S' g, x>: a backward that is a gradient of something else."""
+    if isinstance(call.initial_state, float):
+        call = replace(call, initial_state=torch.tensor(call.initial_state, dtype=torch.float64))
     grad_y = normal(seed, *call.x.shape).to(call.x)
     y, (grad_x, _, grad_start) = call.run(), call.gradients(grad_y, None)
     _, (off_x, _, off_start) = call.gradient_bounds(grad_y)
