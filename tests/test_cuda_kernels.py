@@ -171,6 +171,7 @@ SELECTION = [
     "test_accuracy.py::test_tail_after_a_large_start",
     "test_ema.py",
     "test_gradients.py",
+    "test_laws.py",
     "test_linear_recurrence.py::test_lengths",
     "test_linear_recurrence.py::test_layouts",
     "test_linear_recurrence.py::test_what_is_not_finite_as_in_the_loop",
@@ -196,6 +197,7 @@ CHECKED = [
 #: What is left out, and why.
 DESELECTED = {
     "test_ema.py::test_more_rows_than_a_16_bit_count": "millions of fibers",
+    "test_laws.py::test_any_number_of_threads": "those of the CPU, on long rows",
 }
 
 

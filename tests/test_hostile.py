@@ -25,6 +25,7 @@ from typing import Any
 import bounds
 import pytest
 import torch
+from cases import csr, nested, quantized
 from torch import Tensor
 
 from ema_ext import ema, linear_recurrence
@@ -42,24 +43,6 @@ def freed(tensor: Tensor) -> Tensor:
     """A tensor that has given its memory back, as sharded training does with parameters."""
     tensor.untyped_storage().resize_(0)
     return tensor
-
-
-def nested(layout: torch.layout) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.nested.nested_tensor([torch.zeros(3), torch.zeros(5)], layout=layout)
-
-
-def csr() -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.eye(3).to_sparse_csr()
-
-
-def quantized(*shape: int) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.quantize_per_tensor(torch.zeros(shape), 0.1, 0, torch.qint8)
 
 
 def huge(*shape: int) -> Tensor:
