@@ -118,7 +118,7 @@ class Call:
         )
         bounds.assert_within(y, expected, self.bound(x), f"{label} {self.op} y")
         if self.op == "ema" and not self.varies:
-            limit = bounds.row_bound(expected, y.dtype, self.dim)
+            limit = bounds.row_bound(expected, y.dtype, self.dim, self.initial_state)
             bounds.assert_within(y, expected, limit, f"{label} {self.op} y by row")
 
     def gradients(
@@ -159,7 +159,10 @@ class Call:
         names = ("x", "alpha", "initial_state")
         for name, grad, want, limit in zip(names, grads, due, off, strict=True):
             if grad is not None:
-                bounds.assert_within(grad, want, limit, f"{label} {self.op} grad {name}")
+                # a sum over rows and samples may leave the range of a half
+                bounds.assert_within_range(
+                    grad, np.asarray(want), np.asarray(limit), f"{label} {self.op} grad {name}"
+                )
 
     def with_values(self, values: Tensor) -> Tensor:
         """Other samples in the layout of x."""
@@ -305,7 +308,8 @@ def test_identity_and_hold(call: Call, tensor: bool) -> None:
     one, zero = (torch.tensor(v) if tensor else v for v in (1.0, 0.0))
     if call.op == "ema":
         assert torch.equal(call.run(alpha=one), call.x)
-        first = call.x.narrow(call.dim, -1 if call.reverse else 0, min(1, call.x.shape[call.dim]))
+        length = call.x.shape[call.dim]
+        first = call.x.narrow(call.dim, max(0, length - 1) * call.reverse, min(1, length))
         assert torch.equal(call.run(alpha=zero), first.expand(call.x.shape))
     else:
         assert torch.equal(call.run(alpha=zero), call.x)
