@@ -1,7 +1,8 @@
 """Hypothesis' profiles, the backend under test, and how near the worst error came to its bound.
 
 EMA_EXT_PROFILE=long searches at random and for long; otherwise the examples are always the same.
-=first stops at the first that fails, without looking for a smaller one.
+=few takes a third of them, where each costs more or the same kernels have seen all; =first stops at
+the first that fails, without looking for a smaller one.
 EMA_EXT_BACKEND=executor runs every test through the CUDA kernels, on the CPU: executor.py, and
 EMA_EXT_EXECUTOR="schedule=random seed=3 resident=8" says how; =cuda runs them on a GPU.
 """
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 settings.register_profile("ci", derandomize=True, max_examples=60, database=None, **COMMON)
+settings.register_profile("few", settings.get_profile("ci"), max_examples=20)
 settings.register_profile(
     "first", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate)
 )
