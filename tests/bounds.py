@@ -182,8 +182,16 @@ def gradient_bounds(
         grad_state=grad_state,
     )
     carried, carried_error = _backward(problem, grad_y, grad_state, roundings, dtype)
-    if not len(carried):
-        return GradientBounds(exact.x, exact.alpha, exact.initial_state)
+    if not len(carried):  # the gradient of the state goes to the start, summed in any order
+        grad_start = None
+        if exact.initial_state is not None:
+            through = np.broadcast_to(
+                longdouble(0.0 if grad_state is None else grad_state), problem.x.shape[1:]
+            )
+            count = through.size // max(1, exact.initial_state.size)
+            error = count * unit(dtype) * problem.to_start(np.abs(through))
+            grad_start = _stored(exact.initial_state, error, _dtype(initial_state))
+        return GradientBounds(exact.x, exact.alpha, grad_start)
     weight = np.abs(problem.weight).copy()
     if problem.start is None:
         weight[0] = 1
