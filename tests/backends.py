@@ -10,6 +10,8 @@ import executor
 import torch
 from torch.overrides import TorchFunctionMode
 
+import _ema_ext
+
 
 class SeedsOfTheCpu(TorchFunctionMode):
     """Numbers drawn by a generator of the CPU are drawn there, and go to the default device."""
@@ -31,11 +33,14 @@ class SeedsOfTheCpu(TorchFunctionMode):
 #: Whether the kernels are those of csrc/cuda, wherever they run.
 cuda_kernels = False
 
+#: The one of choose.
+chosen = "cpu"
+
 
 def choose(name: str) -> None:
     """For the rest of the process: "cpu", "cuda", or "executor" for CUDA kernels on the CPU."""
-    global cuda_kernels
-    cuda_kernels = name != "cpu"
+    global chosen, cuda_kernels
+    chosen, cuda_kernels = name, name != "cpu"
     if name == "executor":
         executor.take_over().set_from(os.environ.get("EMA_EXT_EXECUTOR", ""))
     elif name == "cuda":
@@ -43,3 +48,13 @@ def choose(name: str) -> None:
         SeedsOfTheCpu().__enter__()
     elif name != "cpu":
         raise ValueError(f"EMA_EXT_BACKEND must be cpu, cuda or executor, and is {name!r}")
+
+
+def described() -> str:
+    """The backend and what chooses its kernels, in words."""
+    if chosen == "cuda":
+        return f"cuda backend on {torch.cuda.get_device_name()}"
+    if chosen == "executor":
+        how = os.environ.get("EMA_EXT_EXECUTOR", "")
+        return f"executor backend (CUDA kernels on the CPU{', ' * bool(how)}{how})"
+    return f"cpu backend at {_ema_ext.cpu_level()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,24 @@ def quarters(*shape: int, seed: int = 0) -> Tensor:
 def assert_same(actual: Any, expected: Any) -> None:
     """No element of the two, tensors or nests of tensors, differs; NaN equals NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def nested(layout: torch.layout) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.zeros(3), torch.zeros(5)], layout=layout)
+
+
+def csr() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.eye(3).to_sparse_csr()
+
+
+def quantized(*shape: int) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(torch.zeros(shape), 0.1, 0, torch.qint8)
 
 
 def transposed(x: Tensor) -> Tensor:

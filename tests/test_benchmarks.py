@@ -97,6 +97,12 @@ def test_tiny_run(tiny_run: Any) -> None:
     assert " - " not in table
 
 
+def furthest(x: torch.Tensor, roundings: bounds.Roundings) -> float:
+    """The largest error that these make, in units of the largest |y|."""
+    bound = bounds.pointwise_bound(x, ALPHA, roundings=roundings).max()
+    return float(bound / np.abs(oracle.ema(x, ALPHA)).max())
+
+
 def test_methods_compute_the_same() -> None:
     """Catches a peer with another meaning of alpha, another start, or another axis."""
     length = 2000
@@ -107,10 +113,8 @@ def test_methods_compute_the_same() -> None:
     x = row.input("cpu")
     # More roundings than any of them has; what conv1d leaves out; ema_ext's own error.
     most = bounds.Roundings(base=2 * length, per_step=4, truncation=1e-8)
-    bound = bounds.pointwise_bound(x, ALPHA, roundings=most).max()
-    bound = float(bound / np.abs(oracle.ema(x, ALPHA)).max())
     assert run.differences["ema_ext"] == 0
-    assert max(run.differences.values()) <= bound
+    assert max(run.differences.values()) <= furthest(x, most)
 
 
 def test_plan_covers_every_bar() -> None:
@@ -250,8 +254,9 @@ def test_cuda_time_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     gpu.launch(host=0, device=5)
     samples = take_turns(contenders, Effort(rounds=4, sample=1e-2, budget=1), "cuda")
-    assert samples["long"] == pytest.approx([1e-3] * 4, rel=0.01)
-    assert samples["short"] == pytest.approx([1e-5] * 4, rel=0.02)  # as fast as it can be launched
+    assert samples["long"] == pytest.approx([1e-3] * 4, abs=1e-6)  # and the first launch
+    # as fast as it can be launched, and what the device does last
+    assert samples["short"] == pytest.approx([1e-5] * 4, abs=1e-7)
     assert torch.get_num_threads() >= 1
 
 
@@ -313,13 +318,14 @@ def test_cuda_peers_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
     problem = Problem((3, 1024))
     x = problem.input("cpu")
+    allowed = furthest(x, bounds.LOOP) + furthest(x, bounds.KERNEL)
     peers = [peer for peer in PEERS.values() if peer.device == "cuda"]
     assert len(peers) == 5
     for peer in peers:
         assert peer.takes(problem, "cuda")
         assert not peer.takes(problem, "cpu")
         y: Any = peer.calls(problem, x)[FORWARD]()
-        assert difference(y.detach(), ema(x, ALPHA)) < 1e-5  # roundings of 1024 steps in float32
+        assert difference(y.detach(), ema(x, ALPHA)) <= allowed
 
 
 def test_failing_peer_is_left_out() -> None:

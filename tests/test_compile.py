@@ -91,7 +91,8 @@ def test_inductor_with_a_coefficient_per_step() -> None:
     )
     for a, b in zip(got, want, strict=True):
         assert a.stride() == b.stride()
-        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)  # sin is inductor's own
+        # sin is inductor's own, to an ulp, and enters each of the 3 steps of 18 rows
+        assert (a - b).abs().max() <= 3 * 18 * torch.finfo(torch.float64).eps * b.abs().max()
 
 
 def test_no_graph_per_length() -> None:

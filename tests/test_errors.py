@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cases import csr, nested, quantized
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from ema_ext import _library, ema, linear_recurrence
@@ -121,6 +124,42 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"return_state: x of shape \(2, 0\) .* initial_state is None",
     ),
 }
+
+
+#: No argument may be one of these: made from zeros, and how that is said.
+STRANGE: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
+    "integer": (Tensor.int, TypeError, r"one of .*, got torch\.int32; cast to float"),
+    "bool": (Tensor.bool, TypeError, r"one of .*, got torch\.bool; cast to float"),
+    "complex": (lambda t: t + 0j, TypeError, r"real, got torch\.complex64"),
+    "float8": (lambda t: t.to(torch.float8_e5m2), TypeError, r"one of .*, got torch\.float8_e5m2"),
+    "quantized": (lambda t: quantized(*t.shape), TypeError, r"one of .*, got torch\.qint8"),
+    "sparse": (Tensor.to_sparse, TypeError, r"a dense tensor .*, got torch\.sparse_coo"),
+    "csr": (lambda _: csr(), TypeError, r"a dense tensor .*, got torch\.sparse_csr"),
+    "mkldnn": (Tensor.to_mkldnn, TypeError, r"a dense tensor .*, got torch\._mkldnn"),
+    "nested": (lambda _: nested(torch.strided), TypeError, "a dense tensor .*, got nested"),
+    "jagged": (lambda _: nested(torch.jagged), TypeError, "a dense tensor .*, got nested"),
+    "list": (Tensor.tolist, TypeError, r"a (float or a )?torch\.Tensor, got list"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("x", lambda t: ema(t, 0.5)),
+        ("alpha", lambda t: ema(X, t)),
+        ("initial_state", lambda t: ema(X, 0.5, initial_state=t)),
+        ("a", lambda t: linear_recurrence(t, X)),
+        ("b", lambda t: linear_recurrence(0.5, t)),
+        ("initial_state", lambda t: linear_recurrence(0.5, X, initial_state=t)),
+    ],
+    ids=["x", "alpha", "initial_state", "a", "b", "initial_state of a recurrence"],
+)
+def test_no_argument_may_be_strange(kind: str, name: str, call: Callable[[Any], object]) -> None:
+    """Catches a check that one argument passes by, and an error that does not name it."""
+    make, error, message = STRANGE[kind]
+    with pytest.raises(error, match=f"^{name} must be {message}"):
+        call(make(torch.zeros(2, 3)))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -64,7 +64,7 @@ def test_level(level: str) -> None:
     result = subprocess.run(
         command,
         cwd=TESTS,
-        env={**os.environ, "EMA_EXT_CPU_LEVEL": level},
+        env={**os.environ, "EMA_EXT_CPU_LEVEL": level, "EMA_EXT_PROFILE": "few"},
         capture_output=True,
         text=True,
         timeout=600,

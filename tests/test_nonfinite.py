@@ -69,6 +69,15 @@ def test_bad_initial_state(bad: float) -> None:
     bounds.check_forward(ema(x, 0.3, initial_state=s), x, 0.3, initial_state=s, label="non-finite")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_of_any_payload(dtype: torch.dtype) -> None:
+    """Catches a NaN that rounding to a half makes a number: the carry of 0x7fffffff is a sign."""
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1, -0x400000], dtype=torch.int32)
+    x = signal(len(bits), 100, dtype=dtype)
+    for alpha in (0.3, 0.9999):
+        assert bool(ema(x, alpha, initial_state=bits.view(torch.float32)).isnan().all())
+
+
 def test_no_overflow_inside() -> None:
     """Catches a difference or a sum of x that overflows though every output is finite."""
     huge = torch.finfo(torch.float32).max

@@ -255,11 +255,13 @@ def test_the_same_bits_from_any_number_of_threads(shape: tuple[int, ...], dim: i
             assert all(map(torch.equal, found[0], others))
 
 
-def test_long_rows_are_cut() -> None:
-    """Catches a segment that starts from the wrong y, at either side of a cut."""
+@pytest.mark.parametrize("scale", [1e-3, 1e-6])
+def test_long_rows_are_cut(scale: float) -> None:
+    """Catches a segment that starts from the wrong y, at either side of a cut, and a map of it that
+    is wrong by a share of its ratio: only the smaller weights leave any of that."""
     length = 2 * 65536 + 300
     x = 5 + signal(length, dtype=torch.float32)
-    alpha = weights(length, dtype=torch.float32) * 1e-3
+    alpha = weights(length, dtype=torch.float32) * scale
     check_gradients(x, alpha, initial_state=torch.tensor(2.0))
 
 

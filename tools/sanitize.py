@@ -76,6 +76,7 @@ def sanitized() -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONDONTWRITEBYTECODE": "1",
+        "EMA_EXT_PROFILE": "few",  # the calls of the fuzzer, which are among the tests, are many
     }
 
 
