@@ -75,16 +75,41 @@ def backward(x: Tensor, dim: int) -> tuple[Tensor, ...]:
     )
 
 
+def coefficients(x: Tensor) -> Tensor:
+    """Per sample, near 0."""
+    return (1e-4 * signal(*x.shape, seed=3).abs()).to(x.dtype)
+
+
+def recurrence_forward(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+    a = 1 - coefficients(x)
+    return torch.ops.ema_ext_executor.linear_recurrence_with_state(a, x, None, dim, False)
+
+
+def recurrence_backward(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+    a = 1 - coefficients(x)
+    return torch.ops.ema_ext_executor.linear_recurrence_backward(
+        x.flip(dim), None, a, x, None, dim, False
+    )
+
+
+def average_forward(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+    alpha = coefficients(x)
+    return torch.ops.ema_ext_executor.ema_with_state.Tensor(x, alpha, None, dim, False)
+
+
+def average_backward(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+    alpha, y = coefficients(x), x.sin()
+    return torch.ops.ema_ext_executor.ema_backward.Varying(
+        x.flip(dim), None, x, alpha, y, None, dim, False
+    )
+
+
 def varying(x: Tensor, dim: int) -> tuple[Tensor, ...]:
-    """A linear recurrence with coefficients near 1, forward and backward; and of whole chunks."""
+    """A coefficient per sample, which keeps nearly all of the past; and rows of whole chunks."""
     results: tuple[Tensor, ...] = ()
     for b in (x, x.narrow(dim, 0, x.shape[dim] - 1).contiguous()):
-        a = (1 - 1e-4 * signal(*b.shape, seed=3).abs()).to(b.dtype)
-        y, state = torch.ops.ema_ext_executor.linear_recurrence_with_state(a, b, None, dim, False)
-        adjoint = torch.ops.ema_ext_executor.linear_recurrence_backward(
-            b.flip(dim), None, a, y, None, dim, False
-        )
-        results += (y, state, *adjoint)
+        for work in (recurrence_forward, recurrence_backward, average_forward, average_backward):
+            results += work(b, dim)
     return results
 
 
@@ -138,6 +163,54 @@ def test_every_sample_is_moved_once(loaded: ex.Executor, shape: str, dtype: torc
     backward(x, dim)
     counts = loaded.counts()
     assert (counts["x"], counts["forward_x"], counts["y"]) == (read, read, written)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("whole", [False, True], ids=["odd", "whole chunks"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_sample_of_a_varying_scan_is_moved_once(
+    loaded: ex.Executor, shape: str, whole: bool, dtype: torch.dtype
+) -> None:
+    """3N forward; backward 5N of a recurrence and 6N of an average: each tensor once.
+
+    But the gradient to a coefficient takes the y before each sample. Of each row's last y nothing
+    is needed, and sample by sample nothing is read; by chunks, a stretch of lanes takes the first y
+    of the stretch behind it, which that reads as well.
+    """
+    x, dim = samples(shape, dtype)
+    length = x.shape[dim] - whole
+    x = x.narrow(dim, 0, length).contiguous()
+    rows, size, bytes_of_x = x.numel() // length, x.element_size(), x.numel() * x.element_size()
+    read = ex.Count(bytes_of_x, 1, 1, 0, 0, bytes_of_x, 0)
+    written = ex.Count(bytes_of_x, 0, 0, 1, 1, 0, bytes_of_x)
+    chunks = whole and dim == x.dim() - 1
+    kernel = ("AlignedRows<" if chunks else "AnyRows<") if dim == x.dim() - 1 else "Columns<"
+    loaded.set("random", 1, 3)
+    for forward in (recurrence_forward, average_forward):
+        forward(x, dim)
+        counts = loaded.counts()
+        assert (counts["coefficient"], counts["x"], counts["y"]) == (read, read, written)
+        assert all(kernel in name for name in loaded.kernels())
+    again = 0
+    if chunks:
+        lanes, items = 8 if "of 8" in shape else 32, 8 if size == 8 else 16
+        again = (length - 1) // (lanes * items)  # per row
+    next_y = replace(
+        read,
+        least_read=1 if chunks else 0,
+        most_read=2 if again else 1,
+        bytes_read=bytes_of_x + rows * size * (again if chunks else -1),
+    )
+    for backward, inputs in (
+        (recurrence_backward, ("x", "coefficient")),
+        (average_backward, ("x", "coefficient", "forward_x")),
+    ):
+        backward(x, dim)
+        counts = loaded.counts()
+        assert [counts[name] for name in inputs] == [read] * len(inputs)
+        assert counts["forward_y"] == next_y
+        assert (counts["y"], counts["grad_coefficient"]) == (written, written)
+        assert all(kernel in name for name in loaded.kernels())
 
 
 def sites() -> list[tuple[str, int]]:

@@ -36,19 +36,13 @@ STORAGES = ("Native<float>", "Native<double>", "Float16", "BFloat16")
 STORAGE = f"{{{','.join(STORAGES)}}}"
 
 
-def varying(storage: str) -> Iterator[str]:
-    """Without the bar: products of coefficients are composed in float64, sample by sample."""
-    for rows in ("AlignedRows", "AnyRows"):
-        yield f"Varying<{storage}, {rows}<{storage}, {{8,32,256}}>, {{false,true}}, false>"
-        yield f"Varying<{storage}, {rows}<{storage}, 256>, {{false,true}}, true>"
-    yield f"Varying<{storage}, Columns<{storage}>, {{false,true}}, {{false,true}}>"
-
-
 #: Of rows, over the bar because ...
 SAMPLES = "a sample of 2 bytes takes as many instructions as one of 4, on 7.5 bfloat16 still more"
 GRADIENT = "x runs through the average too; a block scans kappa after lambda, with a barrier each"
 WIDE = "float64 joins by differences and by roots, and has half the samples to share a scan"
 SPLIT = "a tile a trip, with all that it knows of its row, its ticket and its look-back"
+VARYING = "maps of two float64 are composed, scanned over the team and followed, sample by sample"
+NEXT = "besides, y of the stretch of lanes behind, and a coefficient that is constant"
 LANES = "each row of a thread is scanned over warps by itself, for few samples of it"
 
 
@@ -75,6 +69,41 @@ def split(kind: str, forward: float, backward: float) -> Iterator[Expected]:
     )
 
 
+def varying(
+    kind: str,
+    items: int,
+    forward: dict[int, float],
+    backward: dict[int, float],
+    split: tuple[float, float],
+) -> Iterator[Expected]:
+    """Varying of one dtype: ceilings of the aligned by threads per row, and of a split row's."""
+    for adjoint, ceilings in ((False, forward), (True, backward)):
+        row = f"Varying<{kind}, AlignedRows<{kind}, "
+        for team in (8, 32, 256):
+            ceiling = ceilings[team]
+            yield Expected(
+                f"{row}{team}, {items}>, {str(adjoint).lower()}, false>",
+                aligned=True,
+                moves=(2, 1),
+                narrow=3 * adjoint,
+                per_byte=ceiling,
+                why="; ".join([VARYING] * (ceiling > MOST_PER_BYTE) + [NEXT] * adjoint),
+            )
+        yield Expected(
+            f"{row}256, {items}>, {str(adjoint).lower()}, true>",
+            aligned=True,
+            moves=(2, 1),
+            narrow=2 + 6 * adjoint,
+            barriers=4 + adjoint,
+            inner=1,
+            per_byte=split[adjoint],
+            why=SPLIT,
+        )
+    yield Expected(f"Varying<{kind}, AnyRows<{kind}, {{8,32,256}}, 8>, {{false,true}}, false>")
+    yield Expected(f"Varying<{kind}, AnyRows<{kind}, 256, 8>, {{false,true}}, true>")
+    yield Expected(f"Varying<{kind}, Columns<{kind}, 8>, {{false,true}}, {{false,true}}>")
+
+
 def lanes(
     kind: str,
     forward: float,
@@ -93,6 +122,8 @@ def lanes(
         )
 
 
+TO_BAR = dict.fromkeys((8, 32, 256), MOST_PER_BYTE)
+
 KERNELS = [
     Expected("write_answer"),  # probe.cu
     *rows("Native<float>", False, {256: 2.6}, "the last of them by a hair"),
@@ -110,7 +141,10 @@ KERNELS = [
     *split("Float16", 5.3, 6.3),
     *split("BFloat16", 7.5, 7.6),
     Expected(f"SplitRows<Tiling<{STORAGE}, 256, false, {{false,true}}>>"),
-    *(Expected(names) for storage in STORAGES for names in varying(storage)),
+    *varying("Native<float>", 16, {8: 2.9, 32: 3.0, 256: 3.1}, TO_BAR, (5.2, 3.9)),
+    *varying("Native<double>", 8, {8: 2.5, 32: 2.6, 256: 2.7}, TO_BAR, (4.7, 3.5)),
+    *varying("Float16", 16, {8: 5.3, 32: 5.5, 256: 5.8}, {8: 4.7, 32: 4.7, 256: 4.7}, (9.9, 6.7)),
+    *varying("BFloat16", 16, {8: 7.0, 32: 7.3, 256: 7.7}, {8: 6.4, 32: 6.4, 256: 6.5}, (11.5, 8.1)),
     Expected(f"SplitSums<Tiling<{STORAGE}, 256, {{false,true}}, true>>"),
     *lanes("Native<float>", 4.2, 5.2),
     *lanes("Native<double>", 3.8, 4.8, ((4, 1), (4, 1))),  # each store is passed by itself

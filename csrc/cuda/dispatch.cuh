@@ -210,28 +210,32 @@ struct Dispatch {
   template <bool kAdjoint>
   static cudaError_t varying(const Scan& scan, const Plan& plan, void* workspace,
                              cudaStream_t stream) {
+    using Side = Columns<Storage, varying_items(sizeof(typename Storage::Sample), false)>;
     switch (plan.strategy) {
       case Strategy::kVaryingColumns:
-        return varying_by<Columns<Storage>, kAdjoint, false>(scan, plan, workspace, stream);
+        return varying_by<Side, kAdjoint, false>(scan, plan, workspace, stream);
       case Strategy::kSplitVaryingColumns:
-        return varying_by<Columns<Storage>, kAdjoint, true>(scan, plan, workspace, stream);
+        return varying_by<Side, kAdjoint, true>(scan, plan, workspace, stream);
       default:
-        return plan.aligned ? varying_rows<AlignedRows, kAdjoint>(scan, plan, workspace, stream)
-                            : varying_rows<AnyRows, kAdjoint>(scan, plan, workspace, stream);
+        return plan.aligned
+                   ? varying_rows<AlignedRows, true, kAdjoint>(scan, plan, workspace, stream)
+                   : varying_rows<AnyRows, false, kAdjoint>(scan, plan, workspace, stream);
     }
   }
 
-  template <template <class, int> class Rows, bool kAdjoint>
+  template <template <class, int, int> class Rows, bool kAligned, bool kAdjoint>
   static cudaError_t varying_rows(const Scan& scan, const Plan& plan, void* workspace,
                                   cudaStream_t stream) {
-    using Block = Rows<Storage, kBlockThreads>;
+    constexpr int kItems = varying_items(sizeof(typename Storage::Sample), kAligned);
+    using Block = Rows<Storage, kBlockThreads, kItems>;
     if (is_split_varying(plan))
       return varying_by<Block, kAdjoint, true>(scan, plan, workspace, stream);
     switch (plan.team) {
       case 8:
-        return varying_by<Rows<Storage, 8>, kAdjoint, false>(scan, plan, workspace, stream);
+        return varying_by<Rows<Storage, 8, kItems>, kAdjoint, false>(scan, plan, workspace, stream);
       case 32:
-        return varying_by<Rows<Storage, 32>, kAdjoint, false>(scan, plan, workspace, stream);
+        return varying_by<Rows<Storage, 32, kItems>, kAdjoint, false>(scan, plan, workspace,
+                                                                      stream);
       default:
         return varying_by<Block, kAdjoint, false>(scan, plan, workspace, stream);
     }

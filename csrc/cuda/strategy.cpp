@@ -103,25 +103,27 @@ bool is_varying_aligned(const Scan& scan) {
 
 Plan varying_plan(const Scan& scan, const Device& device) {
   const bool columns = touch(scan);
+  const bool aligned = !columns && is_varying_aligned(scan);
+  const int items = varying_items(bytes_of(scan.x.dtype), aligned);
   const int64_t threads = columns ? kBlockWarps : kBlockThreads;  // along time
   const int64_t groups = ceil_div(scan.rows, kBlockThreads / threads);
-  const int64_t tiles = ceil_div(scan.length, threads * kVaryingItems);
+  const int64_t tiles = ceil_div(scan.length, threads * items);
   const bool split =
       groups < kRowsPerMultiprocessor * device.multiprocessors && tiles >= kSplitTiles;
   if (split)
     return {columns ? Strategy::kSplitVaryingColumns : Strategy::kSplitVaryingRows,
             kBlockThreads,
-            !columns && is_varying_aligned(scan),
+            aligned,
             groups * tiles,
             tiles,
             0};
   if (columns) return {Strategy::kVaryingColumns, 0, false, groups, tiles, 0};
-  const int team = rows_team(scan, kVaryingItems, device);
+  const int team = rows_team(scan, items, device);
   return {Strategy::kVaryingRows,
           team,
-          is_varying_aligned(scan),
+          aligned,
           ceil_div(scan.rows, kBlockThreads / team),
-          ceil_div(scan.length, team * kVaryingItems),
+          ceil_div(scan.length, team * items),
           0};
 }
 

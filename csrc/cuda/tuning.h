@@ -58,9 +58,14 @@ constexpr int64_t kLaneBytes = 64;
 constexpr int64_t kLaneLookBack = 8;
 
 // Coefficients that vary in time: samples of a thread, as float64 of which two tensors are held at
-// once, and blocks per multiprocessor that leave 128 registers for that.
-constexpr int kVaryingItems = 8;
-constexpr int kVaryingBlocks = 2;
+// once, and an adjoint's four. Sixteen share what a scan costs per thread where 16 bytes hold more
+// than two; what is moved sample by sample is slower by more than that.
+constexpr int varying_items(int64_t sample_bytes, bool aligned) {
+  return aligned && sample_bytes < 8 ? 16 : 8;
+}
+
+// Blocks per multiprocessor, which leave 128 registers a thread, or 255.
+constexpr int varying_blocks(int items, bool adjoint) { return adjoint && items > 8 ? 1 : 2; }
 
 // Terms of a broadcast sum that a warp adds up, 128 to each lane: what it leaves behind is a
 // thousandth of what it reads. The sums of such chunks are summed likewise. Changes results in

@@ -36,7 +36,9 @@ struct VaryingRow {
       : scan(scan),
         at(at),
         average(scan.op == Op::kEma || scan.op == Op::kEmaBackward),
-        copies_first(scan.op == Op::kEma && scan.start.data == nullptr) {}
+        copies_first(scan.op == Op::kEma && scan.start.data == nullptr),
+        sign_(average ? -1 : 1),
+        base_(average ? 1 : -0.0) {}
 
   // With a coefficient of 1 for the first sample, -0 leaves it as it is, if need be -0.
   __device__ double start() const {
@@ -44,7 +46,7 @@ struct VaryingRow {
   }
 
   __device__ __forceinline__ double ratio(double coefficient) const {
-    return average ? 1 - coefficient : coefficient;
+    return fma(sign_, coefficient, base_);  // 1 - coefficient, or as it is
   }
 
   // As the tile's threads do it, over the samples [n, end).
@@ -59,6 +61,9 @@ struct VaryingRow {
     }
     return y;
   }
+
+ private:
+  const double sign_, base_;
 };
 
 // What a tile of a split row tells those after it.
@@ -69,12 +74,11 @@ struct TileMessage {
 template <class Storage, class Moves, bool kAdjoint, bool kSplit>
 struct Varying {
   static constexpr int kThreads = kBlockThreads;
-  static constexpr int kMinBlocks = kVaryingBlocks;
-  static constexpr int kItems = kVaryingItems;
+  static constexpr int kMinBlocks = varying_blocks(Moves::kItems, kAdjoint);
+  static constexpr int kItems = Moves::kItems;
   static constexpr int kRanks = Moves::kTeam;  // threads that share a row
   static constexpr int kTile = kRanks * kItems;
   static constexpr int kRows = kThreads / kRanks;  // of a block
-  static constexpr bool kPrefetches = !kAdjoint;   // the next tile; else for want of registers not
   static_assert(!kSplit || kRanks * Moves::kRows == kThreads);
 
   struct Arguments {
@@ -137,22 +141,18 @@ struct Varying {
   // Every team of the block takes as many, as they wait for each other.
   __device__ __forceinline__ void scan_tiles(int64_t tile, int64_t end) {
     double before = row_.start(), last = 0, sum = 0;
-    Raw raw_x, raw_c;
-    if constexpr (kPrefetches) fetch(tile, raw_x, raw_c);
 #pragma unroll 1
     for (; tile < end; ++tile) {
       const int count = count_from(tile);
-      if constexpr (!kPrefetches) fetch(tile, raw_x, raw_c);
-      double c[kItems], x[kItems];
+      const Raw raw_x = moves_.fetch(samples(scan_.x, row_.at.x, tile), count);
       const Samples coefficients = samples(scan_.coefficient, row_.at.coefficient, tile);
+      const Raw raw_c = moves_.fetch_any(coefficients, count);
+      double c[kItems], x[kItems];
       if constexpr (kAdjoint)
         moves_.spread_any(raw_c, coefficients, c);
       else
         moves_.spread(raw_c, coefficients, c);
       moves_.spread(raw_x, samples(scan_.x, row_.at.x, tile), x);
-      if constexpr (kPrefetches)
-        if (tile + 1 < end) fetch(tile + 1, raw_x, raw_c);
-      if (count < own() + kItems) leave_unchanged(count, c, x);
       if (row_.copies_first && tile == 0 && leads()) c[0] = 1;
       maps_.take(compose(c, x));
       if constexpr (kSplit) before = look_back(tile, before);
@@ -162,28 +162,12 @@ struct Varying {
       if (kSplit && leads() && there_ && tile + 1 < arguments_.tiles)
         send(message(tile).y, y.after);
       before = y.after;
-      last = to_outputs(tile, count, y.before, c, x, sum);
+      to_outputs(tile, count, y.before, c, x, last, sum);
     }
     finish(tile, last, sum);
   }
 
   using Raw = typename Moves::Raw;
-  __device__ __forceinline__ void fetch(int64_t tile, Raw& x, Raw& coefficient) const {
-    const int count = count_from(tile);
-    x = moves_.fetch(samples(scan_.x, row_.at.x, tile), count);
-    coefficient = moves_.fetch_any(samples(scan_.coefficient, row_.at.coefficient, tile), count);
-  }
-
-  // Samples beyond the row leave y as it is.
-  __device__ __forceinline__ void leave_unchanged(int count, double* c, double* x) const {
-    const int mine = own_first(count) + 1;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if (i < mine) continue;
-      c[i] = row_.average ? 0 : 1;
-      x[i] = 0;
-    }
-  }
 
   // The map of the thread's samples. A forward's become ratios and drives.
   __device__ __forceinline__ Map compose(double* c, double* x) const {
@@ -191,7 +175,7 @@ struct Varying {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         x[i] *= c[i];
-        c[i] = 1 - c[i];
+        c[i] = row_.ratio(c[i]);
       }
     }
     Map map;
@@ -220,29 +204,35 @@ struct Varying {
     return first < 0 ? -1 : first < kItems ? first : kItems;
   }
 
-  // From the y before the thread's samples, to what is wanted of them; the last y.
-  __device__ __forceinline__ double to_outputs(int64_t tile, int count, double y, double* c,
-                                               double* x, double& sum) const {
-    if constexpr (!kAdjoint) {
+  // Whether a row may end with a thread's i'th sample.
+  static constexpr bool may_end(int i) { return i % Moves::kUnit == Moves::kUnit - 1; }
+
+  // From the y before the thread's samples, to what is wanted of them; `last` becomes the y after
+  // the row's last one.
+  __device__ __forceinline__ void to_outputs(int64_t tile, int count, double y, double* c,
+                                             double* x, double& last, double& sum) const {
+    const int first = own_first(count);
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) x[i] = y = c[i] * y + x[i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
+    for (int i = 0; i < kItems; ++i) {
+      if constexpr (kAdjoint) {
         x[i] += y;
         y = row_.ratio(c[i]) * x[i];
+      } else {
+        x[i] = y = c[i] * y + x[i];
       }
+      if (may_end(i) && i == first) last = y;
+    }
+    if constexpr (kAdjoint) {
       if (scan_.grad_coefficient.data != nullptr) to_coefficient(tile, count, x, sum);
       if (row_.average) {
         // The forward's first sample was its initial state as well.
-        const int whole = scan_.has_initial_state ? kItems : own_first(count);
+        const int whole = scan_.has_initial_state ? kItems : first;
 #pragma unroll
         for (int i = 0; i < kItems; ++i)
-          if (i != whole) x[i] *= c[i];
+          if (!may_end(i) || i != whole) x[i] *= c[i];
       }
     }
     moves_.put(x, samples(scan_.y, row_.at.y, tile), count);
-    return y;
   }
 
   // The gradient to each sample's coefficient, or their sum where it is constant.
@@ -250,25 +240,21 @@ struct Varying {
                                                  double& sum) const {
     const Samples forward_x = samples(scan_.forward_x, row_.at.forward_x, tile);
     const Samples forward_y = samples(scan_.forward_y, row_.at.forward_y, tile);
-    const Raw raw_y = moves_.fetch(forward_y, count);
+    const Raw raw_y = moves_.fetch_next(forward_y, count);
     Raw raw_x = {};
     if (row_.average) raw_x = moves_.fetch(forward_x, count);
+    const bool from_itself = row_.average && scan_.forward_start.data == nullptr;
     double by[kItems];  // the forward's y before each sample, in its time
     moves_.spread_next(raw_y, forward_y, count, by);
     const int first = own_first(count);
-    if (first < kItems) {
-      const double start =
-          read_state<typename Storage::Acc>(scan_.forward_start, row_.at.forward_start, 0);
+    const double start =
+        read_state<typename Storage::Acc>(scan_.forward_start, row_.at.forward_start, 0);
+    double x[kItems];
+    if (row_.average) moves_.spread(raw_x, forward_x, x);
 #pragma unroll
-      for (int i = 0; i < kItems; ++i)
-        if (i == first) by[i] = start;
-    }
-    if (row_.average) {
-      const bool from_itself = scan_.forward_start.data == nullptr;
-      double x[kItems];
-      moves_.spread(raw_x, forward_x, x);
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) by[i] = x[i] - (i == first && from_itself ? x[i] : by[i]);
+    for (int i = 0; i < kItems; ++i) {
+      if (may_end(i) && i == first) by[i] = from_itself ? x[i] : start;
+      if (row_.average) by[i] = x[i] - by[i];
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) by[i] *= lambda[i];

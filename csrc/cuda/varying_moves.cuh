@@ -1,5 +1,5 @@
 // Samples of a coefficient that varies in time, and of what goes with it, between global memory and
-// the kVaryingItems consecutive samples of a thread, as float64.
+// the kItems consecutive samples of a thread, as float64.
 //
 // Three ways, of which each has
 //   kTeam     threads per row, in ranks along time; kRows, rows of a block
@@ -8,7 +8,8 @@
 //   spread    to the threads' own samples, 0 beyond the row
 //   put       to a tensor of Storage's dtype, or (put_any) of any
 // whose samples n are those from the team's tile on, of which the row has `count` or (above a tile)
-// more.
+// more. Rows end where a multiple of kUnit samples does. fetch_next and spread_next get the sample
+// after each.
 #pragma once
 
 #include "cuda/maps.cuh"
@@ -60,13 +61,15 @@ struct Samples {
 
 // Rows whose chunks lie on multiples of 16 bytes, along time, in every tensor; the length is a
 // multiple of a chunk. A coefficient that is constant has a time stride of 0 and any dtype.
-template <class Storage, int kThreads>
+//
+// Chunks pass through shared memory, where those of a thread are each in a bank group of its own.
+template <class Storage, int kThreads, int kOwn>
 class AlignedRows {
  public:
-  static constexpr int kTeam = kThreads, kRows = 1;
+  static constexpr int kTeam = kThreads, kRows = 1, kItems = kOwn;
   static constexpr int kLanes = kTeam < kWarp ? kTeam : kWarp;
-  static constexpr int kC = Chunk<Storage>::kSamples;
-  static constexpr int kChunks = kVaryingItems / kC;
+  static constexpr int kC = Chunk<Storage>::kSamples, kUnit = kC;
+  static constexpr int kChunks = kItems / kC;
   using Scan = MapScan<kLanes, kTeam / kLanes, kRows>;
   struct Raw {
     uint4 chunks[kChunks];
@@ -84,14 +87,19 @@ class AlignedRows {
   static __device__ __forceinline__ int rank() { return threadIdx.x % kTeam; }
 
   __device__ __forceinline__ Raw fetch(const Samples& from, int count) const {
+    const int left = count - own_chunk() * kC;
+    const uint4* const source = address(from);
     Raw raw;
 #pragma unroll
     for (int j = 0; j < kChunks; ++j)
-      raw.chunks[j] = chunk(j) * kC < count ? *address(from, chunk(j)) : uint4{0, 0, 0, 0};
+      raw.chunks[j] = j * kLanes * kC < left ? source[j * step(from)] : uint4{0, 0, 0, 0};
     return raw;
   }
   __device__ __forceinline__ Raw fetch_any(const Samples& from, int count) const {
     return from.view.time_stride != 0 ? fetch(from, count) : Raw{};
+  }
+  __device__ __forceinline__ Raw fetch_next(const Samples& from, int count) const {
+    return fetch(from, count);
   }
 
   __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from,
@@ -99,76 +107,86 @@ class AlignedRows {
     if (from.view.time_stride != 0) return spread(raw, from, to);
     const double value = read(from.view.data, from.view.dtype, from.first);
 #pragma unroll
-    for (int i = 0; i < kVaryingItems; ++i) to[i] = value;
+    for (int i = 0; i < kItems; ++i) to[i] = value;
   }
   __device__ __forceinline__ void spread(const Raw& raw, const Samples& from, double* to) const {
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kChunks; ++j)
-      shared_[place(base() + j * kLanes + member_)] =
-          Chunk<Storage>::turned(raw.chunks[j], order(from));
+      shared_[moved(j)] = Chunk<Storage>::turned(raw.chunks[j], order(from));
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
       typename Storage::Acc items[kC];
-      Chunk<Storage>::unpack(shared_[place(lane_ * kChunks + j)], items);
+      Chunk<Storage>::unpack(shared_[own(j)], items);
 #pragma unroll
       for (int i = 0; i < kC; ++i) to[j * kC + i] = items[i];
     }
   }
 
-  // The sample after each of the thread's own, and after the last of the lanes' the one in memory.
+  // The last of the lanes' is read once more, where it is not of this team's tile or warp.
   __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from, int count,
                                               double* to) const {
     spread(raw, from, to);
-    const double own = __shfl_down_sync(kAllLanes, to[0], 1, kLanes);
-    const int n = (rank() + 1) * kVaryingItems;
+    const double next = __shfl_down_sync(kAllLanes, to[0], 1, kLanes);
+    const int n = (rank() + 1) * kItems;
 #pragma unroll
-    for (int i = 1; i < kVaryingItems; ++i) to[i - 1] = to[i];
-    to[kVaryingItems - 1] = own;
-    if (member_ == kLanes - 1 && n < count) to[kVaryingItems - 1] = from.template get<Storage>(n);
+    for (int i = 1; i < kItems; ++i) to[i - 1] = to[i];
+    to[kItems - 1] = next;
+    if (member_ == kLanes - 1 && n < count) to[kItems - 1] = from.template get<Storage>(n);
   }
 
   __device__ __forceinline__ void put(const double* items, const Samples& to, int count) const {
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
-      typename Storage::Acc own[kC];
+      typename Storage::Acc values[kC];
 #pragma unroll
-      for (int i = 0; i < kC; ++i) own[i] = static_cast<typename Storage::Acc>(items[j * kC + i]);
-      shared_[place(lane_ * kChunks + j)] =
-          Chunk<Storage>::turned(Chunk<Storage>::pack(own), order(to));
+      for (int i = 0; i < kC; ++i)
+        values[i] = static_cast<typename Storage::Acc>(items[j * kC + i]);
+      shared_[own(j)] = Chunk<Storage>::turned(Chunk<Storage>::pack(values), order(to));
     }
     __syncwarp();
+    const int left = count - own_chunk() * kC;
+    uint4* const target = address(to);
 #pragma unroll
     for (int j = 0; j < kChunks; ++j)
-      if (chunk(j) * kC < count)
-        *address(to, chunk(j)) = shared_[place(base() + j * kLanes + member_)];
+      if (j * kLanes * kC < left) target[j * step(to)] = shared_[moved(j)];
   }
   __device__ __forceinline__ void put_any(const double* items, const Samples& to, int count) const {
     put(items, to, count);
   }
 
  private:
-  // Neighbouring threads read neighbouring banks, both here and there.
-  static __device__ __forceinline__ int place(int chunk) {
-    return chunk ^ ((chunk >> 3) & (kChunks - 1));
+  // Where in the warp's stage the j'th chunk lies that this thread moves, and the j'th of its own.
+  // Each eight of them, which one access takes, are in different banks both ways.
+  __device__ __forceinline__ int moved(int j) const {
+    if constexpr (kLanes == kWarp)
+      return (lane_ ^ (lane_ / 8 % kChunks)) + j * kWarp;
+    else
+      return (lane_ / 8 * kChunks + j) * 8 + (member_ ^ j);
   }
-  static_assert((kChunks & (kChunks - 1)) == 0 && kChunks <= 8);
+  __device__ __forceinline__ int own(int j) const {
+    return (lane_ * kChunks + lane_ * kChunks / 8 % kChunks) ^ j;
+  }
+  static_assert(kLanes == kWarp || kLanes == 8);
+  static_assert(kChunks == 1 || kChunks == 2 || kChunks == 4);
 
   static __device__ __forceinline__ unsigned order(const Samples& of) {
     return Chunk<Storage>::order(of.view.time_stride < 0);
   }
 
-  // Of the lanes in this warp's stage, and of the j'th that this thread moves in the team's tile.
-  __device__ __forceinline__ int base() const { return lane_ / kLanes * kLanes * kChunks; }
-  __device__ __forceinline__ int chunk(int j) const {
-    return (rank() / kLanes * kChunks + j) * kLanes + member_;
+  // Of the team's tile, the first chunk that this thread moves; the others are each kLanes later.
+  __device__ __forceinline__ int own_chunk() const {
+    return rank() / kLanes * kLanes * kChunks + member_;
   }
-  static __device__ __forceinline__ uint4* address(const Samples& of, int chunk) {
-    const int n = chunk * kC;
+  __device__ __forceinline__ uint4* address(const Samples& of) const {
+    const int n = own_chunk() * kC;
     return reinterpret_cast<uint4*>(
         of.template at_contiguous<Storage>(of.view.time_stride < 0 ? -n - (kC - 1) : n));
+  }
+  static __device__ __forceinline__ int step(const Samples& of) {
+    return of.view.time_stride < 0 ? -kLanes : kLanes;
   }
 
   uint4* shared_;
@@ -177,22 +195,22 @@ class AlignedRows {
 
 // Rows of any strides and of a coefficient of any dtype, sample by sample, neighbouring threads
 // taking neighbouring samples of a row.
-template <class Storage, int kThreads>
+template <class Storage, int kThreads, int kOwn>
 class AnyRows {
  public:
-  static constexpr int kTeam = kThreads, kRows = 1;
+  static constexpr int kTeam = kThreads, kRows = 1, kItems = kOwn, kUnit = 1;
   static constexpr int kLanes = kTeam < kWarp ? kTeam : kWarp;
   using Scan = MapScan<kLanes, kTeam / kLanes, kRows>;
   struct Raw {
-    double samples[kVaryingItems];
+    double samples[kItems];
   };
   struct Shared {
-    double samples[kBlockWarps][kWarp * (kVaryingItems + 1)];
+    double samples[kBlockWarps][kWarp * (kItems + 1)];
   };
 
   __device__ explicit AnyRows(Shared& shared)
       : shared_(shared.samples[threadIdx.x / kWarp] +
-                threadIdx.x % kWarp / kLanes * kLanes * (kVaryingItems + 1)),
+                threadIdx.x % kWarp / kLanes * kLanes * (kItems + 1)),
         member_(threadIdx.x % kLanes) {}
 
   static __device__ __forceinline__ int row() { return threadIdx.x / kTeam; }
@@ -207,6 +225,9 @@ class AnyRows {
                  [&](auto storage) { raw = fetch_as<decltype(storage)>(from, count); });
     return raw;
   }
+  __device__ __forceinline__ Raw fetch_next(const Samples& from, int count) const {
+    return fetch(Samples(from.view, from.first, 1), count - 1);
+  }
 
   __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from,
                                              double* to) const {
@@ -215,15 +236,14 @@ class AnyRows {
   __device__ __forceinline__ void spread(const Raw& raw, const Samples&, double* to) const {
     __syncwarp();
 #pragma unroll
-    for (int j = 0; j < kVaryingItems; ++j) shared_[place(j * kLanes + member_)] = raw.samples[j];
+    for (int j = 0; j < kItems; ++j) shared_[place(j * kLanes + member_)] = raw.samples[j];
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kVaryingItems; ++i) to[i] = shared_[place(member_ * kVaryingItems + i)];
+    for (int i = 0; i < kItems; ++i) to[i] = shared_[place(member_ * kItems + i)];
   }
-  __device__ __forceinline__ void spread_next(const Raw&, const Samples& from, int count,
+  __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from, int,
                                               double* to) const {
-    const Samples next(from.view, from.first, 1);
-    spread(fetch(next, count - 1), next, to);
+    spread(raw, from, to);
   }
 
   __device__ __forceinline__ void put(const double* items, const Samples& to, int count) const {
@@ -236,29 +256,29 @@ class AnyRows {
   }
 
  private:
-  static __device__ __forceinline__ int place(int n) { return n + n / kVaryingItems; }
+  static __device__ __forceinline__ int place(int n) { return n + n / kItems; }
   __device__ __forceinline__ int sample(int j) const {
-    return (rank() / kLanes * kVaryingItems + j) * kLanes + member_;
+    return (rank() / kLanes * kItems + j) * kLanes + member_;
   }
 
   template <class Other>
   __device__ __forceinline__ Raw fetch_as(const Samples& from, int count) const {
     Raw raw;
 #pragma unroll
-    for (int j = 0; j < kVaryingItems; ++j)
+    for (int j = 0; j < kItems; ++j)
       raw.samples[j] = sample(j) < count ? from.template get<Other>(sample(j)) : 0;
     return raw;
   }
   __device__ __forceinline__ void stage(const double* items) const {
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kVaryingItems; ++i) shared_[place(member_ * kVaryingItems + i)] = items[i];
+    for (int i = 0; i < kItems; ++i) shared_[place(member_ * kItems + i)] = items[i];
     __syncwarp();
   }
   template <class Other>
   __device__ __forceinline__ void put_as(const Samples& to, int count) const {
 #pragma unroll
-    for (int j = 0; j < kVaryingItems; ++j)
+    for (int j = 0; j < kItems; ++j)
       if (sample(j) < count)
         to.template set<Other>(sample(j), shared_[place(j * kLanes + member_)]);
   }
@@ -268,13 +288,13 @@ class AnyRows {
 };
 
 // Rows side by side: a warp's lanes are rows, the warps of a block follow one another in time.
-template <class Storage>
+template <class Storage, int kOwn>
 class Columns {
  public:
-  static constexpr int kTeam = kBlockWarps, kRows = kWarp;
+  static constexpr int kTeam = kBlockWarps, kRows = kWarp, kItems = kOwn, kUnit = 1;
   using Scan = MapScan<1, kBlockWarps, kRows>;
   struct Raw {
-    double samples[kVaryingItems];
+    double samples[kItems];
   };
   struct Shared {};
 
@@ -292,6 +312,9 @@ class Columns {
                  [&](auto storage) { raw = fetch_as<decltype(storage)>(from, count); });
     return raw;
   }
+  __device__ __forceinline__ Raw fetch_next(const Samples& from, int count) const {
+    return fetch(Samples(from.view, from.first, 1), count - 1);
+  }
 
   __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from,
                                              double* to) const {
@@ -299,12 +322,11 @@ class Columns {
   }
   __device__ __forceinline__ void spread(const Raw& raw, const Samples&, double* to) const {
 #pragma unroll
-    for (int i = 0; i < kVaryingItems; ++i) to[i] = raw.samples[i];
+    for (int i = 0; i < kItems; ++i) to[i] = raw.samples[i];
   }
-  __device__ __forceinline__ void spread_next(const Raw&, const Samples& from, int count,
+  __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from, int,
                                               double* to) const {
-    const Samples next(from.view, from.first, 1);
-    spread(fetch(next, count - 1), next, to);
+    spread(raw, from, to);
   }
 
   __device__ __forceinline__ void put(const double* items, const Samples& to, int count) const {
@@ -315,20 +337,20 @@ class Columns {
   }
 
  private:
-  static __device__ __forceinline__ int sample(int i) { return rank() * kVaryingItems + i; }
+  static __device__ __forceinline__ int sample(int i) { return rank() * kItems + i; }
 
   template <class Other>
   __device__ __forceinline__ Raw fetch_as(const Samples& from, int count) const {
     Raw raw;
 #pragma unroll
-    for (int i = 0; i < kVaryingItems; ++i)
+    for (int i = 0; i < kItems; ++i)
       raw.samples[i] = sample(i) < count ? from.template get<Other>(sample(i)) : 0;
     return raw;
   }
   template <class Other>
   __device__ __forceinline__ void put_as(const double* items, const Samples& to, int count) const {
 #pragma unroll
-    for (int i = 0; i < kVaryingItems; ++i)
+    for (int i = 0; i < kItems; ++i)
       if (sample(i) < count) to.template set<Other>(sample(i), items[i]);
   }
 };
