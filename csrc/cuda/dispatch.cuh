@@ -1,6 +1,8 @@
 // From a Plan to the kernel's template arguments, for one dtype.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/kernels.h"
 #include "cuda/lanes.cuh"
 #include "cuda/launch.cuh"
@@ -17,10 +19,12 @@ inline bool wants_gradient(const Scan& scan) { return scan.grad_coefficient.data
 // each row and, where alpha's gradient is wanted, the sums of each tile of each row.
 class SplitWorkspace {
  public:
-  SplitWorkspace(const Scan& scan, int64_t tiles, int64_t messages, int64_t team_bytes)
+  SplitWorkspace(const Scan& scan, int64_t tiles, int64_t messages, int64_t team_bytes,
+                 int64_t sum_bytes = sizeof(AlphaSums))
       : teams_at_(kMessages + tiles * messages * static_cast<int64_t>(sizeof(Message))),
         sums_at_(teams_at_ + scan.rows * team_bytes),
-        end_(sums_at_ + (wants_gradient(scan) ? tiles * sizeof(AlphaSums) : 0)) {}
+        ends_at_(sums_at_ + (wants_gradient(scan) ? tiles * sum_bytes : 0)),
+        end_(ends_at_ + (wants_gradient(scan) && team_bytes > 0 ? scan.rows * sizeof(AlphaSums) : 0)) {}
 
   Workspace size() const { return {end_, sums_at_}; }
   static unsigned long long* ticket(void* at) { return static_cast<unsigned long long*>(at); }
@@ -31,13 +35,17 @@ class SplitWorkspace {
   T* teams(void* at) const {
     return reinterpret_cast<T*>(static_cast<char*>(at) + teams_at_);
   }
-  AlphaSums* sums(void* at) const {
-    return reinterpret_cast<AlphaSums*>(static_cast<char*>(at) + sums_at_);
+  template <class T = AlphaSums>
+  T* sums(void* at) const {
+    return reinterpret_cast<T*>(static_cast<char*>(at) + sums_at_);
+  }
+  AlphaSums* ends(void* at) const {
+    return reinterpret_cast<AlphaSums*>(static_cast<char*>(at) + ends_at_);
   }
 
  private:
   static constexpr int64_t kMessages = sizeof(Message);
-  int64_t teams_at_, sums_at_, end_;
+  int64_t teams_at_, sums_at_, ends_at_, end_;
 };
 
 inline bool is_split_varying(const Plan& plan) {
@@ -110,19 +118,15 @@ struct Dispatch {
   }
 
  private:
-  // What is known of a row, where most is.
-  template <bool kAligned>
-  static constexpr int64_t team_bytes() {
-    return sizeof(TeamRow<Tiling<Storage, kBlockThreads, kAligned, true>>) >
-                   sizeof(TeamRow<Tiling<Storage, kBlockThreads, kAligned, false>>)
-               ? sizeof(TeamRow<Tiling<Storage, kBlockThreads, kAligned, true>>)
-               : sizeof(TeamRow<Tiling<Storage, kBlockThreads, kAligned, false>>);
-  }
-  static constexpr int64_t kTeamBytes = team_bytes<true>() > team_bytes<false>()
-                                            ? team_bytes<true>()
-                                            : team_bytes<false>();
+  // What is known of a split row, where most is.
+  template <bool kAligned, bool kGradient>
+  static constexpr int64_t kTeamOf =
+      sizeof(typename SplitRows<Tiling<Storage, kBlockThreads, kAligned, kGradient>>::Team);
+  static constexpr int64_t kTeamBytes =
+      std::max({kTeamOf<true, true>, kTeamOf<true, false>, kTeamOf<false, true>,
+                kTeamOf<false, false>});
   static SplitWorkspace split_rows_workspace(const Scan& scan, const Plan& plan) {
-    return {scan, plan.blocks, 1, kTeamBytes};
+    return {scan, plan.blocks, wants_gradient(scan) ? 2 : 1, kTeamBytes, sizeof(TileSums)};
   }
   static SplitWorkspace split_lanes_workspace(const Scan& scan, const Plan& plan) {
     const int64_t rows = plan.columns * (plan.aligned ? Chunk<Storage>::kSamples : 1);
@@ -178,9 +182,10 @@ struct Dispatch {
         parts.ticket(workspace),
         parts.messages(workspace),
         parts.template teams<Uninitialized<typename Kernel::Team>>(workspace),
-        parts.sums(workspace)};
+        parts.template sums<TileSums>(workspace),
+        parts.ends(workspace)};
     cudaError_t error = launch<SplitHeads<T>>({(scan.rows + kWarp - 1) / kWarp, stream}, arguments);
-    if (error == cudaSuccess) error = launch<Kernel>({plan.blocks, stream}, arguments);
+    if (error == cudaSuccess) error = launch<Kernel>({std::min(plan.blocks, kSplitBlocks), stream}, arguments);
     if constexpr (kGradient)
       if (error == cudaSuccess) error = launch<SplitSums<T>>({scan.rows, stream}, arguments);
     return error;

@@ -1,6 +1,5 @@
 // Many rows: a team of threads takes a row from end to end, tile by tile, the next tile on its way
-// while one is scanned. Teams of 8 or 32 need no barrier; a team of a whole block one per scan of a
-// tile: lambda's and, for the gradient to alpha, kappa's.
+// while one is scanned. Teams of 8 or 32 need no barrier; a team of a whole block one per tile.
 #pragma once
 
 #include "cuda/team_row.cuh"
@@ -11,7 +10,6 @@ template <class T>
 struct RowTiles {
   using Sample = typename T::Sample;
   using Acc = typename T::Acc;
-  using Raw = typename Stage<T>::Raw;
   static constexpr int kThreads = kBlockThreads;
   static constexpr int kMinBlocks = T::kAligned ? kBlocksPerMultiprocessor : 1;
   static constexpr int kTeams = kThreads / T::kTeam;
@@ -23,12 +21,21 @@ struct RowTiles {
   struct Shared {
     WarpStage<T> stage[kBlockWarps];
     Uninitialized<TeamRow<T>> teams[kTeams];
-    double aggregates[2][T::kBlock ? kBlockWarps : 1];
-    Acc references[T::kBlock && T::kGradient ? kBlockWarps : 1];  // of each warp's last stretch
+    Ends<double> ends[2][T::kBlock ? kBlockWarps : 1];
+    Acc references[2][T::kBlock && T::kGradient ? kBlockWarps : 1];  // of a warp's last stretch
+    double sums[T::kBlock && T::kGradient ? kBlockWarps : 1];
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
-    const Scan& scan = arguments.scan;
+    if (T::kAligned && arguments.scan.x.time_stride < 0)
+      RowTiles<T>::template scan_rows<true>(arguments.scan, shared);
+    else
+      RowTiles<T>::template scan_rows<false>(arguments.scan, shared);
+  }
+
+ private:
+  template <bool kBackward>
+  static __device__ __forceinline__ void scan_rows(const Scan& scan, Shared& shared) {
     const int64_t step = static_cast<int64_t>(gridDim.x) * kTeams;
     int turn = 0;
     // All teams of a warp take the same turns: they shuffle together.
@@ -41,23 +48,21 @@ struct RowTiles {
       if (thread() % T::kTeam == 0)
         new (&team) TeamRow<T>(scan, there ? index : scan.rows - 1, there);
       sync();
-      turn = RowTiles(scan, shared, team, there, turn).scan_tiles();
+      if (thread() % T::kTeam < kWarp) team.powers.fill(thread() % T::kTeam);
+      turn = RowTiles(scan, shared, team, there, turn).template scan_tiles<kBackward>();
       sync();
       if (!leads) continue;
-      team.walk_tail(scan);
-      team.row.write_state(scan, team.at, team.walk.state);
+      team.finish(scan, team.walk);
       team.row.write_gradient(scan, team.at, team.walk.sums);
     }
   }
 
- private:
-  __device__ RowTiles(const Scan& scan, Shared& shared, TeamRow<T>& team, bool there, int turn)
+  __device__ __forceinline__ RowTiles(const Scan& scan, Shared& shared, TeamRow<T>& team, bool there, int turn)
       : scan_(scan),
         shared_(shared),
         team_(team),
         chunks_(there ? team.parts.chunks : 0),
         turn_(turn),
-        moves_(shared.stage[thread() / kWarp], scan.x.time_stride < 0),
         lane_(TilePowers<T>::over_threads(thread() % T::kLanes, team.row.decay)),
         thread_(TilePowers<T>::over_threads(thread() % T::kTeam, team.row.decay)) {}
 
@@ -74,115 +79,116 @@ struct RowTiles {
   }
   static __device__ __forceinline__ int begin() { return thread() % T::kTeam * T::kChunks; }
 
-  // This warp's share of the first tile, of which `chunks` are there.
-  template <class Pointer>
-  __device__ __forceinline__ Run<Sample> first_run(Pointer samples, const View& view) const {
-    const int64_t n = team_.parts.head + warp_begin() * T::kSamples;
-    return {const_cast<Sample*>(samples) + n * view.time_stride, view.time_stride,
-            clamped(chunks_ - warp_begin())};
-  }
-  // The same of the next tile, `left` chunks before the row's end.
-  __device__ __forceinline__ void advance(Run<Sample>& run, int64_t left) const {
-    run.first += run.stride * (T::kTileChunks * T::kSamples);
-    run.chunks = clamped(left - warp_begin());
-  }
-  static __device__ __forceinline__ int clamped(int64_t chunks) {
-    return static_cast<int>(chunks < T::kWarpChunks ? chunks : T::kWarpChunks);
-  }
-
+  template <bool kBackward>
   __device__ __forceinline__ int scan_tiles() {
+    const Stage<T, kBackward> moves(shared_.stage[thread() / kWarp]);
     const TilePowers<T>& k = team_.powers;
-    State<Acc> state{team_.walk.state, 0}, kappa{team_.walk.sums.weight, 0};
-    double gradient = 0;
-    bool copies = begin() == 0 && team_.parts.head == 0 && team_.row.copies_first;
-    Acc added_first =
-        begin() == 0 && team_.parts.head == 0 ? static_cast<Acc>(team_.row.added_first) : 0;
+    State<Acc> state{team_.walk.state, 0};
+    double kappa = team_.walk.sums.weight, gradient = 0, kappa_before = 0;
+    // Only of the row's first sample, which an average without an initial state copies. From one
+    // that is not finite the scan starts at 0, and at the sample itself.
+    const bool starts = begin() == 0 && team_.parts.head == 0;
+    bool copies = !T::kGradient && starts && team_.row.copies_first;
+    Acc added = starts ? static_cast<Acc>(team_.row.added_first) : 0;
+    Acc in = copies && team_.walk.state == 0 ? 1 : k.in;
 
-    int64_t left = chunks_, most = T::kTeam < kWarp ? scan_.length / T::kSamples : chunks_;
-    Run<Sample> from = first_run(team_.row.x, scan_.x), to = first_run(team_.row.y, scan_.y), own;
-    Raw raw, raw_own;
+    int64_t left = chunks_, most = left;
+    if (T::kTeam < kWarp)  // as many for every team that has any
+      most = (scan_.length - (team_.row.last_is_lambda ? 1 : 0)) / T::kSamples;
+    const auto run = [&](auto* samples, const View& view) {
+      const int64_t n = team_.parts.head + warp_begin() * T::kSamples;
+      return moves.run(const_cast<Sample*>(samples) + n * view.time_stride, view.time_stride);
+    };
+    Run<Sample> from = run(team_.row.x, scan_.x), to = run(team_.row.y, scan_.y), from_own;
+    bool whole = left >= T::kTileChunks;
+    auto raw = moves.fetch(from, whole);
     if constexpr (T::kGradient) {
-      own = first_run(team_.row.forward_x, scan_.forward_x);
-      reference_ = static_cast<Acc>(team_.walk.sums.reference);
-    } else {
-      raw = moves_.fetch(from);  // ahead; with a second tensor there are no registers for that
+      from_own = run(team_.row.forward_x, scan_.forward_x);
+      reference_ = last_reference_ = static_cast<Acc>(team_.walk.sums.reference);
     }
-    sync();  // `hand_on` writes the walk
+    sync();  // before the walk is written
     int mine = 0;
-    Acc x[T::kItems], s[T::kItems];
+    Acc s[T::kItems];
 #pragma unroll 1
-    for (; most > 0; most -= T::kTileChunks, left -= T::kTileChunks) {
-      if constexpr (T::kGradient) {
-        raw = moves_.fetch(from);
-        raw_own = moves_.fetch(own);
-        advance(own, left - T::kTileChunks);
-      }
-      moves_.spread(raw, x);
-      advance(from, left - T::kTileChunks);
-      if constexpr (!T::kGradient) raw = moves_.fetch(from);
+    for (; most > 0; most -= T::kTileChunks) {
+      const bool is_whole = whole;
+      const int chunks = is_whole ? T::kTileChunks : static_cast<int>(left > 0 ? left : 0);
+      const int now = chunks - warp_begin();
+      mine = chunks - begin();  // or more, if others follow
+      moves.spread(from, is_whole, now, raw);
+      if constexpr (T::kGradient) raw = moves.fetch(from_own, is_whole);
+      if (T::kGradient && !is_whole) clear<T>(moves, mine > 0 ? mine : 0, 0);
+#pragma unroll
+      for (int c = 0; c < T::kChunks; ++c) moves.get(c, s + c * T::kSamples);
 
-      const Acc first = copies && !finite(x[0]) ? x[0] : k.in * x[0] + added_first;
-      const FromZero zero = scan(scan_groups(x, first, k, s));
-      add_state(thread_.join(zero.before, state.value), k, s);
-      state.advance(zero.tile, k.tile);
-      if (copies) s[0] = x[0];
+      const Acc copied = s[0];
+      const Ends<double> ends = scan_groups(fma(in, s[0], added), k, s);
+      if constexpr (T::kGradient) {
+        moves.spread(from_own, is_whole, now, raw);
+        moves.advance(from_own);
+        last_reference_ = is_whole ? moves.last_of(T::kChunks - 1)
+                                   : end_chunks<T>(moves, mine, last_reference_);
+      }
+      left -= T::kTileChunks;
+      whole = left >= T::kTileChunks;
+      moves.advance(from);
+      raw = moves.fetch(from, whole);
+
+      const FromZero zero = scan(ends);
+      add_state(thread_.join(zero.before.state, state.value), k, s);
+      if (copies) s[0] = copied;
       copies = false;
-      added_first = 0;
-
-      mine = own_chunks<T>(left - begin());
+      added = 0;
+      in = k.in;
       if constexpr (T::kGradient) {
-        moves_.spread(raw_own, x);
-        gradient += gradient_of(Stretch<T>(x, s, mine, k), kappa, mine);
+        const double samples = thread() % T::kTeam * T::kItems;
+        kappa_before = thread_.join(zero.before.kappa, fma(samples, state.value, kappa));
+        kappa = k.tile.join(zero.tile.kappa, fma(double{T::kTile}, state.value, kappa));
+        const Stretch<T> stretch(moves, s, last_reference_, k);
+        const double share = stretch.gradient(kappa_before, reference_before());
+        gradient += mine > 0 ? share : 0;
       }
-      moves_.put(s, to);
-      advance(to, left - T::kTileChunks);
+      state.advance(zero.tile.state, k.tile);
+#pragma unroll
+      for (int c = 0; c < T::kChunks; ++c) moves.set(c, s + c * T::kSamples);
+      moves.put(to, is_whole, now);
+      moves.advance(to);
     }
     if constexpr (T::kGradient && !T::kBlock) gradient = sum_over_lanes<T::kLanes>(gradient);
-    if (chunks_ > 0) hand_on(last_of<T>(s, mine), gradient, mine > 0 && mine <= T::kChunks);
+    if constexpr (T::kGradient && T::kBlock) gradient = sum_over_block(gradient, shared_.sums);
+    if (chunks_ == 0 || mine <= 0 || mine > T::kChunks) return turn_;  // others have the row's last chunk
+    team_.walk.state = last_of<T>(s, mine);
+    if constexpr (T::kGradient)
+      team_.walk.sums = {last_reference_, team_.walk.sums.share + gradient,
+                         kappa_after<T>(s, mine, kappa_before, team_.row.decay), 0, 1};
     return turn_;
   }
 
-  __device__ __forceinline__ FromZero scan(double aggregate) {
-    if constexpr (T::kBlock)
-      return scan_block(aggregate, lane_, team_.powers, shared_.aggregates[turn_ ^= 1]);
-    else
-      return scan_lanes(aggregate, team_.powers);
+  // One barrier, if the team is a block.
+  __device__ __forceinline__ FromZero scan(const Ends<double>& ends) {
+    if constexpr (T::kBlock) {
+      turn_ ^= 1;
+      if (T::kGradient && thread() % kWarp == kWarp - 1)
+        shared_.references[turn_][thread() / kWarp] = last_reference_;
+      return scan_block(ends, lane_, team_.powers, shared_.ends[turn_]);
+    } else {
+      return scan_lanes(ends, team_.powers);
+    }
   }
 
-  // What this thread's stretch of a tile adds to the gradient to alpha; advances kappa over the
-  // tile.
-  __device__ __forceinline__ double gradient_of(const Stretch<T>& mine, State<Acc>& kappa,
-                                                int chunks) {
-    const TilePowers<T>& k = team_.powers;
-    const int warp = thread() / kWarp;
-    if (T::kBlock && thread() % kWarp == kWarp - 1) shared_.references[warp] = mine.reference;
-    const FromZero zero = scan(mine.weight);
-    const double before = thread_.join(zero.before, kappa.value);
-    kappa.advance(zero.tile, k.tile);
-
-    Acc other = __shfl_up_sync(kAllLanes, mine.reference, 1, T::kLanes);
+  // The reference of the samples before this thread's; moves on to the next tile.
+  __device__ __forceinline__ Acc reference_before() {
+    Acc other = __shfl_up_sync(kAllLanes, last_reference_, 1, T::kLanes);
     if constexpr (T::kBlock) {
-      const Acc* const references = shared_.references;
+      const Acc* const references = shared_.references[turn_];
+      const int warp = thread() / kWarp;
       if (thread() % kWarp == 0) other = warp == 0 ? reference_ : references[warp - 1];
       reference_ = references[kBlockWarps - 1];
     } else {
       if (thread() % T::kTeam == 0) other = reference_;
-      reference_ = __shfl_sync(kAllLanes, mine.reference, T::kTeam - 1, T::kTeam);
+      reference_ = __shfl_sync(kAllLanes, last_reference_, T::kTeam - 1, T::kTeam);
     }
-    if (chunks == 0) return 0;
-    last_reference_ = mine.reference;
-    last_kappa_ = mine.weight + k.chunks[min(chunks, T::kChunks)] * before;
-    return mine.gradient(before, other);
-  }
-
-  // Where the row's chunks end, to the walk: by the thread that has the last one.
-  __device__ __forceinline__ void hand_on(Acc last, double gradient, bool ends) {
-    if constexpr (T::kGradient && T::kBlock)
-      gradient = sum_over_block(gradient, shared_.aggregates[turn_ ^= 1]);
-    if (!ends) return;
-    team_.walk.state = last;
-    if constexpr (T::kGradient)
-      team_.walk.sums = {last_reference_, team_.walk.sums.share + gradient, last_kappa_, 0, 1};
+    return other;
   }
 
   const Scan& scan_;
@@ -190,13 +196,10 @@ struct RowTiles {
   TeamRow<T>& team_;
   const int64_t chunks_;
   int turn_;
-  const Stage<T> moves_;
   // From the first sample of the warp, and of the tile, to the thread's.
   const Power<Acc> lane_, thread_;
-  // Of alpha's gradient: the reference of the last tile's last stretch, and of this thread's last
-  // stretch its reference and the kappa after it.
+  // Of alpha's gradient: the last sample before the tile, and of this thread's latest.
   Acc reference_, last_reference_;
-  double last_kappa_;
 };
 
 }  // namespace ema_ext::cuda

@@ -1,12 +1,14 @@
-// Few long rows: each tile of a row is a block of its own, and gets the state before it from the
-// messages of the tiles before it (decoupled look-back: Merrill and Garland 2016; here every tile
-// folds the same messages in the same order, so that the bits do not depend on the schedule).
+// Few long rows: tiles of a row are shared out among blocks, and the state before a tile comes from
+// the messages of the tiles before it (decoupled look-back: Merrill and Garland 2016; here every
+// tile folds the same messages in the same order, so that the bits do not depend on the schedule).
 //
-// Tile t sends its aggregate from zero; every kLookBack'th tile, an anchor, sends the state after
-// it. The state before tile t is the last anchor's message and those of the tiles since, each times
-// the power of c over the tiles in between. Which tile a block takes comes from a ticket: those it
-// waits for belong to blocks that run already, so no order of blocks and no number of resident
-// blocks can keep it waiting for ever.
+// Tiles come in groups of kGroup and groups in batches of kGroup. A tile sends what it ends at from
+// zero; the last of a group sends that of the group, and the last of a batch the state after it. So
+// the state before a tile is the last batch's message, those of the groups since and those of the
+// group's tiles, each times the power of c over the tiles in between: no more than a warp has
+// lanes, and each warp folds them for itself. Which tile a block takes next comes from a ticket:
+// those it waits for belong to blocks that run already and that took them before, so no order of
+// blocks and no number of resident blocks can keep it waiting for ever.
 #pragma once
 
 #include "cuda/messages.cuh"
@@ -14,86 +16,99 @@
 
 namespace ema_ext::cuda {
 
-// Messages that a tile folds at most, one by each thread.
-constexpr int kLookBack = kBlockThreads;
-
-// The first tile whose message tile `tile` folds: an anchor.
-__device__ inline int64_t anchor_before(int64_t tile) { return (tile - 1) / kLookBack * kLookBack; }
+// What a tile adds to the gradient to alpha.
+struct TileSums {
+  double warps[kBlockWarps];
+  double first, last;  // references of its first stretch and of its last
+  double kappa;        // before it
+};
 
 template <class T>
 struct SplitRows {
   static constexpr int kThreads = kBlockThreads;
   static constexpr int kMinBlocks = T::kAligned ? kBlocksPerMultiprocessor : 1;
   static constexpr bool kGradient = T::kGradient;
+  static constexpr int kMessages = kGradient ? 2 : 1;  // of a tile: state and kappa
+  static constexpr int kGroup = 16, kBatch = kGroup * kGroup;
+  static_assert(1 + 2 * (kGroup - 1) <= kWarp && T::kTeam == kThreads);
   using Sample = typename T::Sample;
   using Acc = typename T::Acc;
-  using Team = TeamRow<T>;
-  static_assert(T::kTeam == kThreads);
 
-  // Of a row that have samples; one at least.
-  static __device__ int64_t tiles(const Parts& parts) {
-    const int64_t count = (parts.chunks + T::kTileChunks - 1) / T::kTileChunks;
-    return count > 1 ? count : 1;
-  }
+  // What is known of a row.
+  struct Team : TeamRow<T> {
+    Power<Acc> tiles[kGroup], groups[kGroup];  // over so many
+
+    __device__ Team(const Scan& scan, int64_t index) : TeamRow<T>(scan, index, true) {
+      const auto& decay = this->row.decay;
+#pragma unroll 1
+      for (int i = 0; i < kGroup; ++i) tiles[i] = decay.over(int64_t{T::kTile} * i);
+#pragma unroll 1
+      for (int i = 0; i < kGroup; ++i) groups[i] = decay.over(int64_t{T::kTile} * kGroup * i);
+#pragma unroll 1
+      for (int lane = 0; lane < kWarp; ++lane) this->powers.fill(lane);
+    }
+    __device__ int64_t tiles_there() const {
+      return (this->parts.chunks + T::kTileChunks - 1) / T::kTileChunks;
+    }
+  };
 
   struct Arguments {
     Scan scan;
-    int64_t tiles;               // blocks per row, some of which may find no samples
+    int64_t tiles;               // per row, some of which may have no samples
     unsigned long long* ticket;  // 0 before
-    Message* messages;           // row * tiles + tile; 0 before
+    Message* messages;           // kMessages of each (row * tiles + tile); 0 before
     Uninitialized<Team>* teams;  // per row: from SplitHeads
-    AlphaSums* sums;             // row * tiles + tile; for SplitSums
+    TileSums* sums;              // row * tiles + tile; for SplitSums
+    AlphaSums* ends;             // per row, without what the tiles add; for SplitSums
   };
   struct Shared {
     WarpStage<T> stage[kBlockWarps];
     Uninitialized<Team> team;
-    double aggregates[2][kBlockWarps], sums[3][kBlockWarps];
-    Acc references[kBlockWarps];   // of each warp's last stretch
-    double last;                   // s, after the last sample of the row's chunks
-    Uninitialized<AlphaSums> end;  // of the tile's last stretch: reference and weight
-    int64_t ticket;
+    Ends<double> ends[2][kBlockWarps];
+    Acc references[2][kBlockWarps];  // of each warp's last stretch
+    int64_t tickets[2];
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
-    const Scan& scan = arguments.scan;
-    Team& team = shared.team.value();
-    if (thread() == 0) shared.ticket = static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull));
-    __syncthreads();
-    const int64_t index = shared.ticket / arguments.tiles, tile = shared.ticket % arguments.tiles;
-    copy(arguments.teams[index], shared.team);
-    __syncthreads();
-    const int64_t last = tiles(team.parts) - 1;
-    if (tile > last) return;
-    if (team.parts.chunks > 0) SplitRows(arguments, shared, tile, tile == last).scan_tile();
-    __syncthreads();
-    if (thread() != 0) return;
-    if (tile == last) {
-      if (team.parts.chunks > 0) team.walk.state = shared.last;
-      team.walk_tail(scan);
-      team.row.write_state(scan, team.at, team.walk.state);
-    }
-    if constexpr (kGradient) arguments.sums[shared.ticket] = team.walk.sums;
+    if (T::kAligned && arguments.scan.x.time_stride < 0)
+      take_rows<true>(arguments, shared);
+    else
+      take_rows<false>(arguments, shared);
   }
 
  private:
-  __device__ SplitRows(const Arguments& arguments, Shared& shared, int64_t tile, bool ends)
+  // A row after the other, as tickets come.
+  template <bool kBackward>
+  static __device__ __forceinline__ void take_rows(const Arguments& arguments, Shared& shared) {
+    int turn = 0;
+    if (thread() == 0) shared.tickets[turn] = next_ticket(arguments);
+    __syncthreads();
+    int64_t ticket = shared.tickets[turn];
+#pragma unroll 1
+    while (ticket < arguments.scan.rows * arguments.tiles) {
+      const int64_t index = ticket / arguments.tiles;
+      copy(arguments.teams[index], shared.team);
+      __syncthreads();
+      SplitRows row(arguments, shared, index, turn);
+      ticket = row.template scan_tiles<kBackward>(ticket);
+      turn = row.turn_;
+      __syncthreads();
+    }
+  }
+
+  static __device__ __forceinline__ int64_t next_ticket(const Arguments& arguments) {
+    return static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull));
+  }
+
+  __device__ __forceinline__ SplitRows(const Arguments& arguments, Shared& shared, int64_t index,
+                                       int turn)
       : arguments_(arguments),
         shared_(shared),
         team_(shared.team.value()),
-        tile_(tile),
-        ends_(ends),
-        moves_(shared.stage[thread() / kWarp], arguments.scan.x.time_stride < 0),
+        index_(index),
+        turn_(turn),
         lane_(TilePowers<T>::over_threads(thread() % kWarp, team_.row.decay)),
         thread_(TilePowers<T>::over_threads(thread(), team_.row.decay)) {}
-
-  template <class Pointer>
-  __device__ __forceinline__ Run<Sample> run_of(Pointer samples, const View& view) const {
-    const int64_t chunk = tile_ * T::kTileChunks + thread() / kWarp * T::kWarpChunks;
-    const int64_t left = team_.parts.chunks - chunk;
-    return {
-        const_cast<Sample*>(samples) + (team_.parts.head + chunk * T::kSamples) * view.time_stride,
-        view.time_stride, static_cast<int>(left < T::kWarpChunks ? left : T::kWarpChunks)};
-  }
 
   static __device__ __forceinline__ void copy(const Uninitialized<Team>& from,
                                               Uninitialized<Team>& to) {
@@ -102,102 +117,173 @@ struct SplitRows {
       reinterpret_cast<uint2*>(to.bytes)[i] = reinterpret_cast<const uint2*>(from.bytes)[i];
   }
 
-  __device__ __forceinline__ void scan_tile() {
+  // Where this warp's share of the row's first tile begins.
+  template <class Stage, class Pointer>
+  __device__ __forceinline__ Run<Sample> run(const Stage& moves, Pointer samples,
+                                             const View& view) const {
+    const int64_t n = team_.parts.head + thread() / kWarp * (T::kWarpChunks * T::kSamples);
+    return moves.run(const_cast<Sample*>(samples) + n * view.time_stride, view.time_stride);
+  }
+
+  // From this ticket's tile on, while tickets are for this row. Returns the first that is not.
+  template <bool kBackward>
+  __device__ __forceinline__ int64_t scan_tiles(int64_t ticket) {
     const Scan& scan = arguments_.scan;
     const auto& k = team_.powers;
-    Acc x[T::kItems], s[T::kItems];
-    moves_.spread(moves_.fetch(run_of(team_.row.x, scan.x)), x);
-    typename Stage<T>::Raw raw_own;
-    if constexpr (kGradient) raw_own = moves_.fetch(run_of(team_.row.forward_x, scan.forward_x));
+    const Stage<T, kBackward> moves(shared_.stage[thread() / kWarp]);
+    const int64_t begin = index_ * arguments_.tiles, count = team_.tiles_there();
+    int64_t tile = ticket - begin;
+    // Only of the row's first sample: as in RowTiles.
+    const bool starts = tile == 0 && thread() == 0 && team_.parts.head == 0;
+    bool copies = !kGradient && starts && team_.row.copies_first;
+    Acc added = starts ? static_cast<Acc>(team_.row.added_first) : 0;
+    Acc in = copies && team_.walk.state == 0 ? 1 : k.in;
 
-    const bool starts = tile_ == 0 && thread() == 0 && team_.parts.head == 0;
-    const bool copies = starts && team_.row.copies_first;
-    Acc first = k.in * x[0];
-    if (starts) first += static_cast<Acc>(team_.row.added_first);
-    if (copies && !finite(x[0])) first = x[0];
-    const FromZero zero = scan_block(scan_groups(x, first, k, s), lane_, k, shared_.aggregates[0]);
-    const double before = state_before(arguments_.messages, team_.walk.state, zero.tile);
-    add_state(thread_.join(zero.before, before), k, s);
-    if (copies) s[0] = x[0];
+    const Run<Sample> from = run(moves, team_.row.x, scan.x), to = run(moves, team_.row.y, scan.y);
+    Run<Sample> from_own;
+    if constexpr (kGradient) from_own = run(moves, team_.row.forward_x, scan.forward_x);
+    // A tile that is not whole has so many chunks, and is the last of the row.
+    const int rest = static_cast<int>(team_.parts.chunks % T::kTileChunks);
+    const int64_t whole_tiles = count - (rest > 0 ? 1 : 0);
+    auto raw = moves.fetch(moves.at(from, tile), tile < whole_tiles);
+    int mine = 0;
+    bool last = false;
+    double kappa = 0;
+    Acc s[T::kItems];
+#pragma unroll 1
+    while (tile < count) {
+      const bool whole = tile < whole_tiles;
+      last = tile == count - 1;
+      const int chunks = whole ? T::kTileChunks : rest;
+      const int now = chunks - thread() / kWarp * T::kWarpChunks;
+      mine = chunks - thread() * T::kChunks;
+      if (thread() == 0) shared_.tickets[turn_ ^ 1] = next_ticket(arguments_);
+      moves.spread(moves.at(from, tile), whole, now, raw);
+      if constexpr (kGradient) raw = moves.fetch(moves.at(from_own, tile), whole);
+      if (kGradient && !whole) clear<T>(moves, mine > 0 ? mine : 0, 0);
+#pragma unroll
+      for (int c = 0; c < T::kChunks; ++c) moves.get(c, s + c * T::kSamples);
 
-    const int mine =
-        own_chunks<T>(team_.parts.chunks - tile_ * T::kTileChunks - thread() * T::kChunks);
-    if (mine > 0 && mine <= T::kChunks && ends_) shared_.last = last_of<T>(s, mine);
-    if constexpr (kGradient) {
-      moves_.spread(raw_own, x);
-      join(Stretch<T>(x, s, mine, k), mine);
-    }
-    moves_.put(s, run_of(team_.row.y, scan.y));
-  }
-
-  // Folds what was sent before the tile, and sends. `start` is the state before the first one.
-  __device__ __forceinline__ double state_before(Message* messages, double start,
-                                                 double aggregate) {
-    messages += shared_.ticket - tile_;
-    const bool anchor = tile_ % kLookBack == 0;
-    if (thread() == 0 && !anchor && !ends_) send(messages[tile_], aggregate);
-    double state = start;
-    if (tile_ > 0) {
-      const int64_t from = anchor_before(tile_) + thread();
-      double share = 0;
-      if (from < tile_) {
-        const int64_t threads = (tile_ - 1 - from) * kThreads;
-        share =
-            team_.powers.over_threads(threads, team_.row.decay).join(0, receive(messages[from]));
+      const Acc copied = s[0];
+      const Ends<double> ends = scan_groups(fma(in, s[0], added), k, s);
+      if constexpr (kGradient) {
+        moves.spread(moves.at(from_own, tile), whole, now, raw);
+        if (whole)
+          reference_ = moves.last_of(T::kChunks - 1);
+        else
+          reference_ = end_chunks<T>(moves, mine, reference_);
       }
-      state = sum_over_block(share, shared_.sums[0]);
+      turn_ ^= 1;
+      if (kGradient && thread() % kWarp == kWarp - 1)
+        shared_.references[turn_][thread() / kWarp] = reference_;
+      const FromZero zero = scan_block(ends, lane_, k, shared_.ends[turn_]);
+      ticket = shared_.tickets[turn_];
+      const int64_t next = ticket - begin;
+      raw = moves.fetch(moves.at(from, next), next < whole_tiles);
+
+      const Ends<double> before = fold(begin, tile, zero.tile, last);
+      add_state(thread_.join(zero.before.state, before.state), k, s);
+      if (copies) s[0] = copied;
+      copies = false;
+      added = 0;
+      in = k.in;
+      if constexpr (kGradient) {
+        const double samples = thread() * T::kItems;
+        kappa = thread_.join(zero.before.kappa, fma(samples, before.state, before.kappa));
+        const Stretch<T> stretch(moves, s, reference_, k);
+        add_up(arguments_.sums[begin + tile], stretch, kappa, mine, before.kappa);
+      }
+#pragma unroll
+      for (int c = 0; c < T::kChunks; ++c) moves.set(c, s + c * T::kSamples);
+      moves.put(moves.at(to, tile), whole, now);
+      tile = next;
     }
-    if (thread() == 0 && anchor && !ends_)
-      send(messages[tile_], team_.powers.tile.join(aggregate, state));
-    return state;
+    if (last && mine > 0 && mine <= T::kChunks) end_row(s, mine, kappa);
+    return ticket;
   }
 
-  // The tile's sums, to the walk. Within the tile kappa starts from zero: what later samples weigh
-  // comes in when the tiles are joined.
-  __device__ __forceinline__ void join(const Stretch<T>& stretch, int mine) {
-    const auto& k = team_.powers;
-    const int warp = thread() / kWarp;
-    if (thread() % kWarp == kWarp - 1) shared_.references[warp] = stretch.reference;
-    const bool last = mine > 0 && mine <= T::kChunks;  // of the tile's stretches, or the row's
-    const bool ends_tile = mine > 0 && (last || thread() == kThreads - 1);
-    AlphaSums& end = shared_.end.value();
-    if (ends_tile) end.reference = stretch.reference;
-    const FromZero zero = scan_block(stretch.weight, lane_, k, shared_.aggregates[1]);
-    Acc other = __shfl_up_sync(kAllLanes, stretch.reference, 1);
-    if (thread() % kWarp == 0) other = warp == 0 ? stretch.reference : shared_.references[warp - 1];
-    double gradient = 0, aggregate = 0;
-    if (mine > 0) {
-      gradient = stretch.gradient(zero.before, other);
-      const double decay = k.chunks[min(mine, T::kChunks)];
-      const double power = team_.row.decay.power(static_cast<int64_t>(thread()) * T::kItems);
-      if (ends_tile) end.weight = stretch.weight + decay * zero.before;
-      if (ends_tile) end.decay = power * decay;
-      const double gap = stretch.reference - end.reference;
-      aggregate = power * (stretch.aggregate + gap * (1 - decay));
+  // What lies before the tile, from what was sent; sends what the tile ends at.
+  __device__ __forceinline__ Ends<double> fold(int64_t begin, int64_t tile,
+                                               const Ends<double>& own, bool last) {
+    Message* const mine = arguments_.messages + (begin + tile) * kMessages;
+    const int i = static_cast<int>(tile) & (kGroup - 1);
+    const int g = static_cast<int>(tile) / kGroup & (kGroup - 1);
+    const bool ends_group = i == kGroup - 1;
+    if (thread() == 0 && !ends_group && !last) send_ends(mine, own);
+
+    // The lanes: a batch, then groups, in the upper half tiles. By tiles and groups in between.
+    const int lane = thread() % kWarp, place = lane % kGroup;
+    const bool of_tile = lane >= kGroup;
+    const int between = (of_tile ? i : g + 1) - 1 - place;
+    Ends<double> ends = {0, 0};
+    if (between >= 0) {
+      const int hops = of_tile ? between + 1 : between * kGroup + i + 1;
+      if (hops <= tile)
+        ends = receive_ends(mine - hops * kMessages);
+      else
+        ends = {team_.walk.state, team_.walk.sums.weight};
+      const Ends<double> nothing = {0, 0};
+      const auto& power = of_tile ? team_.tiles[between] : team_.groups[between];
+      ends = joined<T>(nothing, ends, (of_tile ? between : between * kGroup) * T::kTile, power);
+      if (!of_tile) ends = joined<T>(nothing, ends, i * T::kTile, team_.tiles[i]);
     }
-    end_sums(sum_over_block(gradient, shared_.sums[1]), sum_over_block(aggregate, shared_.sums[2]));
+#pragma unroll
+    for (int by = kGroup / 2; by > 0; by /= 2) ends = sum_across(ends, by);
+    const Ends<double> before = sum_across(ends, kGroup);
+    if (thread() == kGroup && ends_group && !last)  // it has the sum of the group's tiles
+      send_ends(mine, joined<T>(own, g == kGroup - 1 ? before : ends, T::kTile, team_.powers.tile));
+    return before;
   }
-  __device__ __forceinline__ void end_sums(double share, double aggregate) {
-    if (thread() != 0) return;
-    const AlphaSums& end = shared_.end.value();
-    const AlphaSums tile{end.reference, share, end.weight, aggregate, end.decay};
-    if (tile_ == 0)
-      team_.walk.sums.prepend(tile);
-    else
-      team_.walk.sums = tile;
+
+  static __device__ __forceinline__ Ends<double> sum_across(const Ends<double>& ends, int by) {
+    return {ends.state + __shfl_xor_sync(kAllLanes, ends.state, by),
+            kGradient ? ends.kappa + __shfl_xor_sync(kAllLanes, ends.kappa, by) : 0};
+  }
+  static __device__ __forceinline__ void send_ends(Message* messages, const Ends<double>& ends) {
+    send(messages[0], ends.state);
+    if constexpr (kGradient) send(messages[1], ends.kappa);
+  }
+  static __device__ __forceinline__ Ends<double> receive_ends(const Message* messages) {
+    return {receive(messages[0]), kGradient ? receive(messages[kMessages - 1]) : 0};
+  }
+
+  // Each warp its own, in a fixed order; the first stretch is as if the tile began with it.
+  __device__ __forceinline__ void add_up(TileSums& sums, const Stretch<T>& stretch, double kappa,
+                                         int mine, double kappa_before_tile) {
+    const int warp = thread() / kWarp;
+    Acc other = __shfl_up_sync(kAllLanes, reference_, 1);
+    if (thread() % kWarp == 0)
+      other = warp == 0 ? reference_ : shared_.references[turn_][warp - 1];
+    const double share = stretch.gradient(kappa, other);
+    const double sum = sum_over_lanes<kWarp>(mine > 0 ? share : 0);
+    if (thread() % kWarp == 0) sums.warps[warp] = sum;
+    if (thread() == 0) sums.first = reference_;
+    if (thread() == 0) sums.kappa = kappa_before_tile;
+    if (mine > 0 && mine <= T::kChunks) sums.last = reference_;
+  }
+
+  // By the thread that has the row's last chunk.
+  __device__ __forceinline__ void end_row(const Acc* s, int mine, double kappa) {
+    auto walk = team_.walk;
+    walk.state = last_of<T>(s, mine);
+    if constexpr (kGradient)
+      walk.sums = {reference_, 0, kappa_after<T>(s, mine, kappa, team_.row.decay), 0, 1};
+    team_.finish(arguments_.scan, walk);
+    if constexpr (kGradient) arguments_.ends[index_] = walk.sums;
   }
 
   const Arguments& arguments_;
   Shared& shared_;
-  Team& team_;
-  const int64_t tile_;
-  const bool ends_;
-  const Stage<T> moves_;
+  const Team& team_;
+  const int64_t index_;
+  int turn_;
   // From the first sample of the warp, and of the tile, to the thread's.
   const Power<Acc> lane_, thread_;
+  Acc reference_ = 0;  // this thread's latest last sample
 };
 
-// Before SplitRows, a thread per row: its team's knowledge, and the walk to where its chunks begin.
+// Before SplitRows, a thread per row: what is known of it, and the walk to where its chunks begin;
+// all of it, if it has none.
 template <class T>
 struct SplitHeads {
   static constexpr int kThreads = kWarp;
@@ -208,20 +294,13 @@ struct SplitHeads {
 
   static __device__ void run(const Arguments& arguments, Shared&) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + thread();
-    if (index < arguments.scan.rows)
-      new (arguments.teams + index) typename Split::Team(arguments.scan, index, true);
+    if (index >= arguments.scan.rows) return;
+    auto& team = *new (arguments.teams + index) typename Split::Team(arguments.scan, index);
+    if (team.parts.chunks > 0) return;
+    team.finish(arguments.scan, team.walk);
+    if constexpr (T::kGradient) arguments.ends[index] = team.walk.sums;
   }
 };
-
-// The stretches of the first `count` lanes, joined in the first.
-__device__ __forceinline__ AlphaSums join_lanes(AlphaSums sums, int count) {
-#pragma unroll 1
-  for (int by = 1; by < kWarp; by *= 2) {
-    const AlphaSums past = shuffle_down(sums, by, kWarp);
-    if (thread() % kWarp + by < count) sums.prepend(past);
-  }
-  return sums;
-}
 
 // The gradient to alpha of each split row, from the sums of its tiles: a block per row.
 template <class T>
@@ -231,33 +310,29 @@ struct SplitSums {
   using Split = SplitRows<T>;
   using Arguments = typename Split::Arguments;
   struct Shared {
-    Uninitialized<AlphaSums> sums[kThreads / kWarp];
+    double warps[kBlockWarps];
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
-    const Scan& scan = arguments.scan;
     const int64_t index = blockIdx.x;
     const auto& team = arguments.teams[index].value();
-    const int64_t tiles = Split::tiles(team.parts);
-    const int64_t each = (tiles + kThreads - 1) / kThreads, begin = thread() * each;
-    const AlphaSums* const from = arguments.sums + index * arguments.tiles;
-    AlphaSums mine;
+    const int64_t count = team.tiles_there();
+    const TileSums* const tiles = arguments.sums + index * arguments.tiles;
+    const AlphaSums& head = team.walk.sums;
+    double mine = 0;
 #pragma unroll 1
-    for (int64_t t = begin; t < begin + each && t < tiles; ++t) {
-      if (t == begin)
-        mine = from[t];
-      else
-        mine.prepend(from[t]);
+    for (int64_t t = thread(); t < count; t += kThreads) {
+      const TileSums& tile = tiles[t];
+      double sum = 0;
+#pragma unroll
+      for (int w = 0; w < kBlockWarps; ++w) sum += tile.warps[w];
+      mine += sum - (tile.first - (t > 0 ? tiles[t - 1].last : head.reference)) * tile.kappa;
     }
-    const int64_t threads = (tiles + each - 1) / each;  // that have some
-    const int lanes = static_cast<int>(threads - thread() / kWarp * kWarp);
-    mine = join_lanes(mine, lanes);
-    if (thread() % kWarp == 0) shared.sums[thread() / kWarp].value() = mine;
-    __syncthreads();
+    mine = sum_over_block(mine, shared.warps);
     if (thread() != 0) return;
-#pragma unroll 1
-    for (int w = 1; w * kWarp < threads; ++w) mine.prepend(shared.sums[w].value());
-    team.row.write_gradient(scan, team.at, mine);
+    AlphaSums sums = arguments.ends[index];
+    if (count > 0) sums.share += head.share + mine;
+    team.row.write_gradient(arguments.scan, team.at, sums);
   }
 };
 

@@ -1,8 +1,8 @@
 // Samples between global memory, where neighbouring threads read neighbouring 16 bytes, and
 // registers, where a thread holds chunks that follow one another in time.
 //
-// A warp passes them through shared memory, whose chunks are swizzled so that both sides go without
-// bank conflicts.
+// A warp passes them through shared memory, where one chunk in nine is left out, so that both sides
+// go without bank conflicts.
 #pragma once
 
 #include "cuda/tiling.cuh"
@@ -11,122 +11,164 @@ namespace ema_ext::cuda {
 
 template <class T>
 struct WarpStage {
-  uint4 chunks[kWarp * T::kChunks];
+  static constexpr int kBanks = 8;  // of 16 bytes
+  static constexpr __host__ __device__ int place(int chunk) { return chunk + chunk / kBanks; }
+  uint4 chunks[place(kWarp * T::kChunks)];
 };
 
-// Of one warp, or of one team if that is smaller: the chunks from `first` on, `stride` apart.
+// Where a thread finds the samples of a tile that it moves: the first of them in memory.
 template <class Sample>
 struct Run {
   Sample* first;
   int64_t stride;
-  int chunks;  // may be below 0, or more than there is room for
 };
 
-// How samples are moved. Aligned: 16 bytes at a time; the stride is 1 or -1, and each chunk lies on
-// a multiple of 16 bytes. Otherwise sample by sample, for any stride.
-template <class T>
+// How samples are moved. Aligned: 16 bytes at a time; the stride is 1, or -1 with kBackward, and
+// each chunk lies on a multiple of 16 bytes. Otherwise sample by sample, for any stride.
+template <class T, bool kBackward>
 class Stage {
  public:
   using Sample = typename T::Sample;
   using Acc = typename T::Acc;
   using C = Chunk<typename T::Storage>;
+  using Place = WarpStage<T>;
 
   // What is on its way from global memory to the registers of this warp.
   struct Raw {
+    __device__ Raw() {}
     uint4 chunks[T::kAligned ? T::kChunks : 1];
     Sample samples[T::kAligned ? 1 : T::kItems];
   };
 
-  __device__ __forceinline__ Stage(WarpStage<T>& shared, bool backward)
-      : shared_(shared.chunks),
-        lane_(thread() % kWarp),
-        member_(thread() % T::kLanes),
-        hop_(backward ? -kChunkBytes * T::kLanes : kChunkBytes * T::kLanes),
-        first_((backward ? -kChunkBytes : kChunkBytes) * member_ -
-               (backward ? kChunkBytes - static_cast<int>(sizeof(Sample)) : 0)),
-        order_(C::order(backward)) {}
+  __device__ __forceinline__ explicit Stage(WarpStage<T>& shared)
+      : shared_(shared),
+        blocked_(shared.chunks + Place::place(thread() % kWarp * T::kChunks)),
+        striped_(shared.chunks + Place::place(team() + member())) {}
 
-  // Chunks that are not there count as zeros.
-  __device__ __forceinline__ Raw fetch(const Run<Sample>& run) const {
+  // Of a tensor whose tile begins at `begin`, as far as this warp, or this team if it is smaller,
+  // is concerned.
+  __device__ __forceinline__ Run<Sample> run(Sample* begin, int64_t stride) const {
+    if constexpr (T::kAligned)
+      return {begin + (kBackward ? -T::kSamples * member() - (T::kSamples - 1)
+                                 : T::kSamples * member()),
+              stride};
+    return {begin + member() * stride, stride};
+  }
+  // That of the next tile.
+  static __device__ __forceinline__ void advance(Run<Sample>& run) {
+    run.first += T::kAligned ? (kBackward ? -T::kTile : T::kTile) : run.stride * T::kTile;
+  }
+
+  // That of the tile so many after.
+  static __device__ __forceinline__ Run<Sample> at(const Run<Sample>& run, int64_t tile) {
+    return {run.first + tile * (T::kAligned ? (kBackward ? -T::kTile : T::kTile)
+                                            : run.stride * T::kTile),
+            run.stride};
+  }
+
+  // A tile ahead of its `spread`, if it is whole; undefined if it is not.
+  __device__ __forceinline__ Raw fetch(const Run<Sample>& run, bool whole) const {
     Raw raw;
+    if (!whole) return raw;
     if constexpr (T::kAligned) {
-      const char* at = reinterpret_cast<const char*>(run.first) + first_;
 #pragma unroll
-      for (int j = 0; j < T::kChunks; ++j, at += hop_) {
-        raw.chunks[j] = {0, 0, 0, 0};
-        if (j * T::kLanes + member_ < run.chunks)
-          raw.chunks[j] = *reinterpret_cast<const uint4*>(at);
-      }
+      for (int j = 0; j < T::kChunks; ++j) raw.chunks[j] = *chunk(run, j);
     } else {
 #pragma unroll
-      for (int j = 0; j < T::kItems; ++j) {
-        const int n = j * T::kLanes + member_;
-        raw.samples[j] =
-            n < run.chunks * T::kSamples ? run.first[n * run.stride] : T::Storage::put(0);
-      }
+      for (int j = 0; j < T::kItems; ++j) raw.samples[j] = run.first[j * T::kLanes * run.stride];
     }
     return raw;
   }
 
-  // To the threads' own samples, zero beyond the run.
-  __device__ __forceinline__ void spread(const Raw& raw, Acc* items) const {
+  // To where the threads that own them can get at them: what was fetched, if the tile is whole,
+  // else from memory the first `chunks` chunks. What is not there keeps some former value.
+  __device__ __forceinline__ void spread(const Run<Sample>& run, bool whole, int chunks,
+                                         const Raw& raw) const {
     __syncwarp();
-    if constexpr (T::kAligned) {
+    if (whole) {
+      if constexpr (T::kAligned) {
 #pragma unroll
-      for (int j = 0; j < T::kChunks; ++j) *striped(j) = C::turned(raw.chunks[j], order_);
+        for (int j = 0; j < T::kChunks; ++j) *striped(j) = raw.chunks[j];
+      } else {
+#pragma unroll
+        for (int j = 0; j < T::kItems; ++j) *sample(j * T::kLanes + member()) = raw.samples[j];
+      }
     } else {
-#pragma unroll
-      for (int j = 0; j < T::kItems; ++j) *sample(j * T::kLanes + member_) = raw.samples[j];
+      move(run, chunks, [](auto& stored, auto& in_memory) { stored = in_memory; });
     }
     __syncwarp();
-#pragma unroll
-    for (int k = 0; k < T::kChunks; ++k) C::unpack(*blocked(k), items + k * T::kSamples);
   }
 
-  // After a `spread`: each thread overwrites what it alone has read.
-  __device__ __forceinline__ void put(const Acc* items, const Run<Sample>& run) const {
-#pragma unroll
-    for (int k = 0; k < T::kChunks; ++k) *blocked(k) = C::pack(items + k * T::kSamples);
+  // This thread's k'th chunk of what was spread.
+  __device__ __forceinline__ void get(int k, Acc* items) const {
+    C::template unpack<kTurned>(*blocked(k), items);
+  }
+  // In its place; the thread alone has read it.
+  __device__ __forceinline__ void set(int k, const Acc* items) const {
+    *blocked(k) = C::template pack<kTurned>(items);
+  }
+  // The last sample of a chunk.
+  __device__ __forceinline__ Acc last_of(int k) const {
+    const auto* const samples = reinterpret_cast<const Sample*>(blocked(k));
+    return T::Storage::get(samples[kTurned ? 0 : T::kSamples - 1]);
+  }
+
+  // What was set, to memory.
+  __device__ __forceinline__ void put(const Run<Sample>& run, bool whole, int chunks) const {
     __syncwarp();
-    if constexpr (T::kAligned) {
-      char* at = reinterpret_cast<char*>(run.first) + first_;
+    if (!whole) {
+      move(run, chunks, [](auto& stored, auto& in_memory) { in_memory = stored; });
+    } else if constexpr (T::kAligned) {
 #pragma unroll
-      for (int j = 0; j < T::kChunks; ++j, at += hop_) {
-        if (j * T::kLanes + member_ < run.chunks)
-          *reinterpret_cast<uint4*>(at) = C::turned(*striped(j), order_);
-      }
+      for (int j = 0; j < T::kChunks; ++j) *chunk(run, j) = *striped(j);
     } else {
 #pragma unroll
-      for (int j = 0; j < T::kItems; ++j) {
-        const int n = j * T::kLanes + member_;
-        if (n < run.chunks * T::kSamples) run.first[n * run.stride] = *sample(n);
-      }
+      for (int j = 0; j < T::kItems; ++j)
+        run.first[j * T::kLanes * run.stride] = *sample(j * T::kLanes + member());
     }
   }
 
  private:
-  static constexpr int kChunkBytes = 16;
+  // The chunks or samples that there are of a tile, one after the other.
+  template <class Move>
+  __device__ __forceinline__ void move(const Run<Sample>& run, int chunks,
+                                       const Move& move_one) const {
+    if constexpr (T::kAligned) {
+#pragma unroll 1
+      for (int j = 0; j < T::kChunks && j * T::kLanes + member() < chunks; ++j) move_one(*striped(j), *chunk(run, j));
+    } else {
+#pragma unroll 1
+      for (int n = member(); n < T::kItems * T::kLanes && n < chunks * T::kSamples; n += T::kLanes)
+        move_one(*sample(n), run.first[(n - member()) * run.stride]);
+    }
+  }
 
-  static __device__ __forceinline__ int swizzled(int chunk) {
-    return chunk ^ ((chunk >> 3) & (T::kChunks - 1));
+  static constexpr bool kTurned = T::kAligned && kBackward;  // chunks lie in memory's order
+
+  static __device__ __forceinline__ uint4* chunk(const Run<Sample>& run, int j) {
+    constexpr int kHop = T::kLanes * T::kSamples;
+    return reinterpret_cast<uint4*>(run.first + j * (kBackward ? -kHop : kHop));
   }
+
   // Chunk k of this thread; chunk j of those that it moves; sample n of its team.
-  __device__ __forceinline__ uint4* blocked(int k) const {
-    return shared_ + swizzled(lane_ * T::kChunks + k);
-  }
+  __device__ __forceinline__ uint4* blocked(int k) const { return blocked_ + k; }
   __device__ __forceinline__ uint4* striped(int j) const {
-    return shared_ + swizzled(team() + j * T::kLanes + member_);
+    return striped_ + Place::place(j * T::kLanes);
   }
   __device__ __forceinline__ Sample* sample(int n) const {
-    return reinterpret_cast<Sample*>(shared_ + swizzled(team() + n / T::kSamples)) +
+    return reinterpret_cast<Sample*>(shared_.chunks + Place::place(team() + n / T::kSamples)) +
            n % T::kSamples;
   }
-  __device__ __forceinline__ int team() const { return (lane_ - member_) * T::kChunks; }
+  static_assert(Place::kBanks % T::kChunks == 0 && T::kLanes % Place::kBanks == 0);
 
-  uint4* shared_;
-  int lane_, member_;
-  int hop_, first_;  // in bytes, of this thread's chunks in global memory
-  unsigned order_;
+  // This thread in its team, and the team's first chunk in the warp.
+  static __device__ __forceinline__ int member() { return thread() % T::kLanes; }
+  static __device__ __forceinline__ int team() {
+    return (thread() % kWarp - member()) * T::kChunks;
+  }
+
+  WarpStage<T>& shared_;
+  uint4 *const blocked_, *const striped_;
 };
 
 }  // namespace ema_ext::cuda

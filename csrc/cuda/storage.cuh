@@ -19,7 +19,8 @@ constexpr unsigned kAllLanes = 0xffffffff;
 // This thread's number in its block.
 static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
 
-// A Storage has Sample (in memory), Acc (accumulate dtype: the sample is exact in it), get and put.
+// A Storage has Sample (in memory), Acc (accumulate dtype: the sample is exact in it), get and put;
+// one of 2 bytes has get_pair and put_pair as well, for the two samples of a word.
 template <class T>
 struct Native {
   using Sample = T;
@@ -36,6 +37,19 @@ struct Float16 {
   using Acc = float;
   static __device__ __forceinline__ float get(__half sample) { return __half2float(sample); }
   static __device__ __forceinline__ __half put(float value) { return __float2half_rn(value); }
+
+  static __device__ __forceinline__ void get_pair(unsigned word, float& low, float& high) {
+    __half2 pair;
+    memcpy(static_cast<void*>(&pair), &word, sizeof word);
+    low = __low2float(pair);
+    high = __high2float(pair);
+  }
+  static __device__ __forceinline__ unsigned put_pair(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    unsigned word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+  }
 };
 
 struct BFloat16 {
@@ -47,6 +61,31 @@ struct BFloat16 {
   static __device__ __forceinline__ __nv_bfloat16 put(float value) {
     return __float2bfloat16_rn(value);
   }
+
+  static __device__ __forceinline__ void get_pair(unsigned word, float& low, float& high) {
+    low = __uint_as_float(word << 16);
+    high = __uint_as_float(word & 0xffff0000);
+  }
+  static __device__ __forceinline__ unsigned put_pair(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    return __byte_perm(rounded(low), rounded(high), 0x7632);
+#else
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    unsigned word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+#endif
+  }
+
+  // To the nearest, ties to even, in the upper half: for machines that have no instruction for it.
+  // A NaN made by arithmetic, which is the largest positive integer, must not be carried into the
+  // sign; one that was read has zeros below and stays as it is.
+  static __device__ __forceinline__ unsigned rounded(float value) {
+    constexpr int kNaN = 0x7fff0000;
+    const int given = static_cast<int>(__float_as_uint(value));
+    const unsigned bits = static_cast<unsigned>(given < kNaN ? given : kNaN);
+    return bits + 0x7fff + (bits >> 16 & 1);
+  }
 };
 
 // The samples of 16 bytes, in the order of time.
@@ -56,18 +95,36 @@ struct Chunk {
   using Acc = typename Storage::Acc;
   static constexpr int kSamples = 16 / sizeof(Sample);
 
+  // The samples' order is that of memory, or with kBackward the opposite.
+  template <bool kBackward = false>
   static __device__ __forceinline__ void unpack(const uint4& chunk, Acc* to) {
-    Sample samples[kSamples];
-    memcpy(static_cast<void*>(samples), &chunk, sizeof chunk);
+    if constexpr (sizeof(Sample) == 2) {
+      const unsigned words[] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
-    for (int i = 0; i < kSamples; ++i) to[i] = Storage::get(samples[i]);
+      for (int i = 0; i < kSamples; i += 2)
+        Storage::get_pair(words[i / 2], to[place<kBackward>(i)], to[place<kBackward>(i + 1)]);
+    } else {
+      Sample samples[kSamples];
+      memcpy(static_cast<void*>(samples), &chunk, sizeof chunk);
+#pragma unroll
+      for (int i = 0; i < kSamples; ++i) to[place<kBackward>(i)] = Storage::get(samples[i]);
+    }
   }
+  template <bool kBackward = false>
   static __device__ __forceinline__ uint4 pack(const Acc* from) {
-    Sample samples[kSamples];
-#pragma unroll
-    for (int i = 0; i < kSamples; ++i) samples[i] = Storage::put(from[i]);
     uint4 chunk;
-    memcpy(&chunk, samples, sizeof chunk);
+    if constexpr (sizeof(Sample) == 2) {
+      unsigned words[kSamples / 2];
+#pragma unroll
+      for (int i = 0; i < kSamples; i += 2)
+        words[i / 2] = Storage::put_pair(from[place<kBackward>(i)], from[place<kBackward>(i + 1)]);
+      memcpy(&chunk, words, sizeof chunk);
+    } else {
+      Sample samples[kSamples];
+#pragma unroll
+      for (int i = 0; i < kSamples; ++i) samples[i] = Storage::put(from[place<kBackward>(i)]);
+      memcpy(&chunk, samples, sizeof chunk);
+    }
     return chunk;
   }
 
@@ -81,6 +138,12 @@ struct Chunk {
               __byte_perm(chunk.z, chunk.x, order), __byte_perm(chunk.w, chunk.y, order)};
     return {__byte_perm(chunk.x, chunk.w, order), __byte_perm(chunk.y, chunk.z, order),
             __byte_perm(chunk.z, chunk.y, order), __byte_perm(chunk.w, chunk.x, order)};
+  }
+
+ private:
+  template <bool kBackward>
+  static constexpr __host__ __device__ int place(int i) {
+    return kBackward ? kSamples - 1 - i : i;
   }
 };
 

@@ -48,9 +48,11 @@ struct TeamRow {
     if (walks_head) walk.over(row, scan, 0, parts.head);
   }
 
-  // To the row's end, from where the chunks end.
-  __device__ void walk_tail(const Scan& scan) {
+  // From where the chunks end, and of what lies before the walk, to the row's end; hands on the state.
+  template <class Walk>
+  __device__ void finish(const Scan& scan, Walk& walk) const {
     walk.over(row, scan, parts.head + parts.chunks * T::kSamples, scan.length);
+    row.write_state(scan, at, walk.state);
   }
 };
 

@@ -5,24 +5,25 @@
 //   groups  each thread scans groups of kGroup samples from zero, in Acc, with products of c
 //   thread  the groups' last samples joined by c^kGroup: the thread's aggregate
 //   team    aggregates scanned over the warp by shuffles, over the block by shared memory, in
-//   float64 carry   y[i] = q[i] + c^(i + 1) * s, s the state before the group
+//           float64
+//   carry   y[i] = q[i] + c^(i + 1) * s, s the state before the group
 // Only groups and their joints are rounded to Acc, so the error grows with neither length nor
 // 1 / alpha.
+//
+// For the gradient to alpha (alpha_sums.h) kappa is scanned beside: the weight of all that comes
+// later in the forward's time, that is earlier in the scan's, kappa[n] = s[n] + c * kappa[n-1].
+// Over k samples a state before them adds c^k to the state after and k * c^k to the kappa after, so
+// both are scanned at once, before either is known.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/row.cuh"
 #include "cuda/stage.cuh"
 
 namespace ema_ext::cuda {
 
-// The chunks of a thread, of `left` from its first one on: T::kChunks only of the last that there
-// is, more where others follow.
-template <class T>
-__device__ __forceinline__ int own_chunks(int64_t left) {
-  return static_cast<int>(left > T::kChunks ? T::kChunks + 1 : left < 0 ? 0 : left);
-}
-
-// The last of a thread's samples that are there.
+// The last of a thread's samples that are there, in `chunks` chunks.
 template <class T>
 __device__ __forceinline__ typename T::Acc last_of(const typename T::Acc* items, int chunks) {
   typename T::Acc last = items[T::kSamples - 1];
@@ -32,36 +33,100 @@ __device__ __forceinline__ typename T::Acc last_of(const typename T::Acc* items,
   return last;
 }
 
+// What a stretch of samples, scanned from zero, ends at; kappa only where T::kGradient.
+template <class Value>
+struct Ends {
+  Value state, kappa;
+};
+
+// `past` before `later`, which has `samples`, by the power of as many.
+template <class T, class Join>
+__device__ __forceinline__ Ends<double> joined(const Ends<double>& later, const Ends<double>& past,
+                                               double samples, const Join& join) {
+  Ends<double> ends;
+  ends.state = join(later.state, past.state);
+  if constexpr (T::kGradient)
+    ends.kappa = join(later.kappa, fma(samples, past.state, past.kappa));
+  return ends;
+}
+template <class T>
+__device__ __forceinline__ Ends<double> joined(const Ends<double>& later, const Ends<double>& past,
+                                               double samples,
+                                               const Power<typename T::Acc>& power) {
+  return joined<T>(later, past, samples,
+                   [&](double aggregate, double state) { return power.join(aggregate, state); });
+}
+
+// Powers for a scan over kWidth lanes that end at `samples` samples each: by products where that
+// is safe, that is for finite values and powers that do not underflow; else by Power's laws.
+template <class Acc, int kWidth, int kSteps, bool kTable>
+struct LanePowers {
+  // Over 1, 2, 4, ... lanes; with kTable of each lane, 0 where there are none so many before it.
+  double products[kSteps][kTable ? kWidth : 1];
+  Power<Acc> powers[kSteps];
+  bool underflow;
+
+  __device__ LanePowers(const Decay<Acc>& decay, int64_t samples) {
+    constexpr double kLeast = 1e-290;
+#pragma unroll 1
+    for (int i = 0; i < kSteps; ++i) {
+      powers[i] = decay.over(samples << i);
+      products[i][kTable ? kWidth - 1 : 0] = decay.power(samples << i);
+    }
+    underflow = sizeof(Acc) == 8 && fabs(product(kSteps - 1, kWidth - 1)) < kLeast;
+  }
+
+  // The constructor's last lane, to another one.
+  __device__ void fill(int lane) {
+    if (!kTable || lane >= kWidth - 1) return;
+#pragma unroll 1
+    for (int i = 0; i < kSteps; ++i)
+      products[i][lane] = lane >= 1 << i ? products[i][kWidth - 1] : 0;
+  }
+
+  __device__ __forceinline__ double product(int i, int lane) const {
+    if constexpr (kTable) return products[i][lane];
+    return lane >= 1 << i ? products[i][0] : 0;
+  }
+};
+
 // The powers of a row's coefficient, shared by the threads of its team.
 template <class T>
 struct TilePowers {
   using Acc = typename T::Acc;
+  using Warps = LanePowers<Acc, kBlockWarps, kBlockSteps, true>;
+  // Whether each group takes the state before the thread by a power of its own: see add_state.
+  static constexpr bool kOwnPowers = sizeof(typename T::Sample) == 4;
+  struct None {
+    __device__ None(const Decay<Acc>&, int64_t) {}
+    __device__ void fill(int) {}
+  };
 
   Acc in;
-  Acc alpha;                      // of an average
-  Acc powers[T::kGroup + 1];      // c^i
-  double groups[T::kGroups];      // c^(kGroup i)
-  Power<Acc> lanes[T::kSteps];    // over kItems 2^i samples: the lanes of a shuffle
-  Power<Acc> warps[kBlockSteps];  // over 2^i warps
-  Power<Acc> tile;                // over a tile
-  double chunks[T::kChunks + 1];  // c^(kSamples i)
+  Acc alpha;                  // of an average
+  Acc powers[T::kGroup + 1];  // c^i
+  double groups[kOwnPowers ? T::kGroups : 1];  // c^(kGroup i)
+  LanePowers<Acc, T::kLanes, T::kSteps, T::kLanes == kWarp> lanes;  // small where teams are many
+  std::conditional_t<T::kBlock, Warps, None> warps;
+  Power<Acc> tile;  // over a tile
 
   __device__ explicit TilePowers(const Row<typename T::Storage>& row)
       : in(static_cast<Acc>(row.in)),
         alpha(static_cast<Acc>(row.decay.complement())),
+        lanes(row.decay, T::kItems),
+        warps(row.decay, T::kItems * T::kLanes),
         tile(row.decay.over(T::kTile)) {
     const auto& decay = row.decay;
 #pragma unroll 1
     for (int i = 0; i <= T::kGroup; ++i) powers[i] = static_cast<Acc>(decay.power(i));
 #pragma unroll 1
-    for (int i = 0; i < T::kGroups; ++i) groups[i] = decay.power(i * T::kGroup);
-#pragma unroll 1
-    for (int i = 0; i < T::kSteps; ++i) lanes[i] = decay.over(T::kItems << i);
-#pragma unroll 1
-    for (int i = 0; i < kBlockSteps; ++i)
-      warps[i] = decay.over(static_cast<int64_t>(T::kItems * T::kLanes) << i);
-#pragma unroll 1
-    for (int i = 0; i <= T::kChunks; ++i) chunks[i] = decay.power(i * T::kSamples);
+    for (int i = 0; i < (kOwnPowers ? T::kGroups : 1); ++i) groups[i] = decay.power(i * T::kGroup);
+  }
+
+  // What is left to each lane of a warp, or of the team if that is smaller.
+  __device__ void fill(int lane) {
+    lanes.fill(lane);
+    warps.fill(lane);
   }
 
   // From the first sample of `threads` threads to the first after them.
@@ -70,26 +135,34 @@ struct TilePowers {
   }
 };
 
-// q[i]: each group scanned from zero. `first` is the first sample's drive, to which `in` does not
-// apply at the start of a row. Returns the thread's aggregate.
+// q[i] in place of x[i]: each group scanned from zero. `first` is the first sample's drive, that of
+// others in * x[i]. Returns what the thread's samples end at.
 template <class T>
-__device__ __forceinline__ typename T::Acc scan_groups(const typename T::Acc* x,
-                                                       typename T::Acc first,
-                                                       const TilePowers<T>& k, typename T::Acc* q) {
-  typename T::Acc aggregate = 0;
+__device__ __forceinline__ Ends<double> scan_groups(typename T::Acc first, const TilePowers<T>& k,
+                                                    typename T::Acc* q) {
+  Ends<typename T::Acc> ends = {0, 0};
 #pragma unroll
   for (int g = 0; g < T::kItems; g += T::kGroup) {
-    q[g] = g == 0 ? first : k.in * x[g];
+    q[g] = g == 0 ? first : k.in * q[g];
 #pragma unroll
-    for (int i = 1; i < T::kGroup; ++i) q[g + i] = fma(k.powers[1], q[g + i - 1], k.in * x[g + i]);
-    aggregate = fma(k.powers[T::kGroup], aggregate, q[g + T::kGroup - 1]);
+    for (int i = 1; i < T::kGroup; ++i) q[g + i] = fma(k.powers[1], q[g + i - 1], k.in * q[g + i]);
+    if constexpr (T::kGradient) {
+      typename T::Acc own = q[g];
+#pragma unroll
+      for (int i = 1; i < T::kGroup; ++i) own = fma(k.powers[1], own, q[g + i]);
+      const typename T::Acc past = fma(typename T::Acc{T::kGroup}, ends.state, ends.kappa);
+      ends.kappa = g == 0 ? own : fma(k.powers[T::kGroup], past, own);
+    }
+    ends.state = g == 0 ? q[T::kGroup - 1]
+                        : fma(k.powers[T::kGroup], ends.state, q[g + T::kGroup - 1]);
   }
-  return aggregate;
+  return {static_cast<double>(ends.state), static_cast<double>(ends.kappa)};
 }
 
-// s[i] in place of q[i], from the state before the thread's first sample. Each group takes it by a
-// power of its own, so that roundings do not add up from group to group; float64, which has fewer
-// groups and no wider format, goes from one to the next.
+// s[i] in place of q[i], from the state before the thread's first sample. In float32 each group
+// takes it by a power of its own, so that roundings do not add up from group to group; float64,
+// which has fewer groups and no wider format, and halves, whose samples are coarser than that, go
+// from one to the next.
 template <class T>
 __device__ __forceinline__ void add_state(double state, const TilePowers<T>& k,
                                           typename T::Acc* q) {
@@ -97,91 +170,121 @@ __device__ __forceinline__ void add_state(double state, const TilePowers<T>& k,
   Acc from_zero = 0, before = static_cast<Acc>(state);
 #pragma unroll
   for (int g = 0; g < T::kItems; g += T::kGroup) {
-    if (g > 0 && sizeof(Acc) == 4)
-      before = static_cast<Acc>(fma(k.groups[g / T::kGroup], state, from_zero));
-    from_zero = fma(k.powers[T::kGroup], from_zero, q[g + T::kGroup - 1]);
+    if constexpr (TilePowers<T>::kOwnPowers) {
+      if (g > 0) before = static_cast<Acc>(fma(k.groups[g / T::kGroup], state, double{from_zero}));
+      from_zero = g == 0 ? q[T::kGroup - 1]
+                         : fma(k.powers[T::kGroup], from_zero, q[g + T::kGroup - 1]);
+    }
 #pragma unroll
     for (int i = 0; i < T::kGroup; ++i) q[g + i] = fma(k.powers[i + 1], before, q[g + i]);
-    if (sizeof(Acc) == 8) before = q[g + T::kGroup - 1];
+    if constexpr (!TilePowers<T>::kOwnPowers) before = q[g + T::kGroup - 1];
   }
 }
 
-// The state before each thread's first sample, and after the tile, were it zero before the tile.
+// What lies before each thread's first sample, and what the tile ends at, were both zero before
+// the tile.
 struct FromZero {
-  double before;
-  double tile;
+  Ends<double> before;
+  Ends<double> tile;
 };
 
-// Scans one value of each of kWidth lanes; `powers` over 1, 2, 4, ... of them.
-template <int kWidth, int kSteps, class Acc>
-__device__ __forceinline__ double scan_shuffled(double value, const Power<Acc>* powers) {
+template <class T>
+__device__ __forceinline__ Ends<double> shuffle_up(const Ends<double>& ends, int by, int width) {
+  return {__shfl_up_sync(kAllLanes, ends.state, by, width),
+          T::kGradient ? __shfl_up_sync(kAllLanes, ends.kappa, by, width) : 0};
+}
+template <class T>
+__device__ __forceinline__ Ends<double> shuffle(const Ends<double>& ends, int from, int width) {
+  return {__shfl_sync(kAllLanes, ends.state, from, width),
+          T::kGradient ? __shfl_sync(kAllLanes, ends.kappa, from, width) : 0};
+}
+
+// Scans the ends of each of kWidth lanes of `samples` samples; `total` is the last lane's.
+template <class T, int kWidth, int kSteps, bool kTable>
+__device__ __forceinline__ Ends<double> scan_shuffled(
+    const Ends<double>& own, const LanePowers<typename T::Acc, kWidth, kSteps, kTable>& k,
+    double samples, Ends<double>& total) {
+  const int lane = thread() % kWidth;
+  Ends<double> ends = own;
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
-    const double before = __shfl_up_sync(kAllLanes, value, 1 << i, kWidth);
-    if (thread() % kWidth >= 1 << i) value = powers[i].join(value, before);
+    const double power = k.product(i, lane);
+    ends = joined<T>(
+        ends, shuffle_up<T>(ends, 1 << i, kWidth), samples * (1 << i),
+        [&](double aggregate, double state) { return fma(power, state, aggregate); });
   }
-  return value;
+  total = shuffle<T>(ends, kWidth - 1, kWidth);
+  bool again = !finite(total.state);
+  if (sizeof(typename T::Acc) == 8) again = again || k.underflow;
+  if (T::kLanes < kWarp) again = __any_sync(kAllLanes, again);  // teams of a warp shuffle together
+#pragma unroll 1
+  for (int i = again ? 0 : kSteps; i < kSteps; ++i) {
+    if (i == 0) ends = own;
+    const Ends<double> past = shuffle_up<T>(ends, 1 << i, kWidth);
+    if (lane >= 1 << i) ends = joined<T>(ends, past, samples * (1 << i), k.powers[i]);
+    total = shuffle<T>(ends, kWidth - 1, kWidth);
+  }
+  return ends;
 }
 
 // Teams of a warp or less: no barrier.
 template <class T>
-__device__ __forceinline__ FromZero scan_lanes(double aggregate, const TilePowers<T>& k) {
-  aggregate = scan_shuffled<T::kLanes, T::kSteps>(aggregate, k.lanes);
-  const double before = __shfl_up_sync(kAllLanes, aggregate, 1, T::kLanes);
-  return {thread() % T::kLanes == 0 ? 0 : before,
-          __shfl_sync(kAllLanes, aggregate, T::kLanes - 1, T::kLanes)};
-}
-
-// The whole block: one barrier. `lane` is over the lanes before this one. `aggregates` is left
-// alone until the next call but one.
-template <class T>
-__device__ __forceinline__ FromZero scan_block(double aggregate, const Power<typename T::Acc>& lane,
-                                               const TilePowers<T>& k, double* aggregates) {
-  FromZero zero = scan_lanes(aggregate, k);
-  if (thread() % kWarp == 0) aggregates[thread() / kWarp] = zero.tile;
-  __syncthreads();
-  const double warps =
-      scan_shuffled<kBlockWarps, kBlockSteps>(aggregates[thread() % kBlockWarps], k.warps);
-  const int warp = thread() / kWarp;
-  const double before = __shfl_sync(kAllLanes, warps, warp - 1, kBlockWarps);
-  zero.tile = __shfl_sync(kAllLanes, warps, kBlockWarps - 1, kBlockWarps);
-  if (warp > 0) zero.before = lane.join(zero.before, before);
+__device__ __forceinline__ FromZero scan_lanes(const Ends<double>& own, const TilePowers<T>& k) {
+  FromZero zero;
+  zero.before = shuffle_up<T>(scan_shuffled<T>(own, k.lanes, T::kItems, zero.tile), 1, T::kLanes);
+  if (thread() % T::kLanes == 0) zero.before = {0, 0};
   return zero;
 }
 
-// What a thread's samples contribute to the gradient to alpha, but for the samples after them.
-//
-// As alpha_sums.h, with kappa for the weight of all that comes later in the forward's time, that is
-// earlier in the scan's: kappa[n] = lambda[n] + c * kappa[n+1]. It is scanned like lambda, and then
-// every thread adds its own stretch to the gradient, as one put before all that is later.
+// The whole block: one barrier. `lane` is over the lanes before this one. `warps` is left alone
+// until the next call but one.
+template <class T>
+__device__ __forceinline__ FromZero scan_block(const Ends<double>& own,
+                                               const Power<typename T::Acc>& lane,
+                                               const TilePowers<T>& k, Ends<double>* warps) {
+  FromZero zero = scan_lanes(own, k);
+  const int warp = thread() / kWarp;
+  if (thread() % kWarp == 0) warps[warp] = zero.tile;
+  __syncthreads();
+  constexpr int kWarpSamples = T::kItems * kWarp;
+  const Ends<double> ends =
+      scan_shuffled<T>(warps[thread() % kBlockWarps], k.warps, kWarpSamples, zero.tile);
+  const Ends<double> before = shuffle<T>(ends, warp - 1, kBlockWarps);
+  if (warp > 0)
+    zero.before = joined<T>(zero.before, before, thread() % kWarp * T::kItems, lane);
+  return zero;
+}
+
+// What a thread's samples contribute to the gradient to alpha, as those of alpha_sums.h but for the
+// weight, which is scanned beforehand.
 template <class T>
 struct Stretch {
   using Acc = typename T::Acc;
   double share = 0;
-  Acc weight = 0, aggregate = 0, reference;
+  Acc aggregate = 0, reference;
 
-  // From the adjoints s (in units of alpha * lambda) and the forward's x, of which `chunks` chunks
-  // are there. Against the scan's time, x runs through the average itself.
-  __device__ __forceinline__ Stretch(const Acc* x, const Acc* s, int chunks, const TilePowers<T>& k)
-      : reference(last_of<T>(x, chunks)) {
-    constexpr int kC = T::kSamples;
+  // From the adjoints s (in units of alpha * lambda) and the forward's x, which was spread. Against
+  // the scan's time, x runs through the average itself. Chunks that are not there have s of 0 and
+  // x of the reference, and so add nothing.
+  template <class Stage>
+  __device__ __forceinline__ Stretch(const Stage& x, const Acc* s, Acc reference,
+                                     const TilePowers<T>& k)
+      : reference(reference) {
+    constexpr int kC = T::kSamples, kSummed = 16;  // by 16 in Acc, and these in float64
+    Acc sum = 0;
 #pragma unroll
     for (int c = T::kChunks - 1; c >= 0; --c) {
-      if (c >= chunks) continue;
-      Acc sum = 0;
+      Acc items[kC];
+      x.get(c, items);
 #pragma unroll
-      for (int i = c * kC + kC - 1; i >= c * kC; --i) {
-        const Acc innovation = x[i] - reference - aggregate;
-        sum = fma(s[i], innovation, sum);
+      for (int i = kC - 1; i >= 0; --i) {
+        const Acc innovation = items[i] - reference - aggregate;
+        sum = fma(s[c * kC + i], innovation, sum);
         aggregate = fma(k.alpha, innovation, aggregate);
       }
+      if (c * kC % kSummed != 0) continue;
       share += sum;
-    }
-#pragma unroll
-    for (int c = 0; c < T::kChunks; ++c) {
-      if (c >= chunks) continue;
-#pragma unroll
-      for (int i = c * kC; i < c * kC + kC; ++i) weight = fma(k.powers[1], weight, s[i]);
+      sum = 0;
     }
   }
 
@@ -190,6 +293,37 @@ struct Stretch {
     return share - (aggregate + (static_cast<double>(reference) - other)) * kappa;
   }
 };
+
+// Gives this thread's chunks from the `mine`th on this value.
+template <class T, class Stage>
+__device__ __forceinline__ void clear(const Stage& moves, int mine, typename T::Acc value) {
+  typename T::Acc items[T::kSamples];
+#pragma unroll
+  for (int i = 0; i < T::kSamples; ++i) items[i] = value;
+#pragma unroll 1
+  for (int c = mine; c < T::kChunks; ++c) moves.set(c, items);
+}
+
+// Of the forward's x, in a tile that is not whole: what is not there repeats the last sample, or
+// `former` if there is none. Returns it.
+template <class T, class Stage>
+__device__ __forceinline__ typename T::Acc end_chunks(const Stage& moves, int mine,
+                                                      typename T::Acc former) {
+  if (mine > 0) former = moves.last_of((mine < T::kChunks ? mine : T::kChunks) - 1);
+  clear<T>(moves, mine > 0 ? mine : 0, former);
+  return former;
+}
+
+// kappa after the first `chunks` chunks of a thread's s, from that before them.
+template <class T>
+__device__ __forceinline__ double kappa_after(const typename T::Acc* s, int chunks, double kappa,
+                                              const Decay<typename T::Acc>& decay) {
+  double weight = 0;
+#pragma unroll
+  for (int i = 0; i < T::kItems; ++i)
+    if (i < chunks * T::kSamples) weight = fma(decay.ratio(), weight, double{s[i]});
+  return decay.over(chunks * T::kSamples).join(weight, kappa);
+}
 
 __device__ __forceinline__ AlphaSums shuffle_down(const AlphaSums& sums, int by, int width) {
   return {__shfl_down_sync(kAllLanes, sums.reference, by, width),

@@ -35,6 +35,10 @@ constexpr int64_t kWarpRows = 32;
 constexpr int64_t kRowsPerMultiprocessor = 2;
 constexpr int64_t kSplitTiles = 4;
 
+// Blocks that share the tiles of split rows, at most: more than any machine holds at once, so that
+// each takes several. What starts later finds no tile left.
+constexpr int64_t kSplitBlocks = 1024;
+
 // Time-strided rows: samples that a thread takes of each of its rows per tile, each from a line of
 // its own, so that 128 bytes are in flight; where two tensors are and samples are not float32, half
 // as many, for want of registers.
