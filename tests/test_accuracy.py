@@ -6,7 +6,7 @@ a segment 65536, and rows of two segments or more are cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import bounds
@@ -17,6 +17,7 @@ import torch
 from cases import DTYPES, signal
 from torch import Tensor
 
+import _ema_ext
 from ema_ext import ema, linear_recurrence
 
 FLOATS = (torch.float32, torch.float64)
@@ -46,6 +47,15 @@ def noise(length: int, mean: float, dtype: torch.dtype) -> Tensor:
     return (mean + signal(len(ALPHAS), length)).to(dtype)
 
 
+@pytest.fixture
+def by_tiles() -> Iterator[None]:
+    """Rows by tiles on the CPU, short ones too."""
+    _ema_ext.force_cpu_strategy("rows")
+    yield
+    _ema_ext.force_cpu_strategy("")
+
+
+@pytest.mark.usefixtures("by_tiles")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mean", [0.0, 5.0, 1e4])
 @pytest.mark.parametrize("length", AROUND_TILES + AROUND_CHUNKS)
@@ -97,6 +107,7 @@ def test_never_worse_than_the_float32_loop(mean: float) -> None:
     assert (worst(ema(x, alpha)) <= worst(float32_loop(x, alpha))).all()
 
 
+@pytest.mark.usefixtures("by_tiles")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 @pytest.mark.parametrize("length", [15, 17, 63, 65, 127, 129, *AROUND_CHUNKS])

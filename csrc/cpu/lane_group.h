@@ -30,6 +30,10 @@ struct Wide {
 // before them added by its powers. Only the state itself runs in float64, once a group.
 constexpr int kGroup = 4;
 
+// Rows of fewer samples stay in float64 throughout: in so few, all of y may be small beside the
+// terms that cancel in it, whose roundings then are not small beside y.
+constexpr int64_t kGroupedRow = 2 * kGroup;
+
 struct LaneGroup {
   using V = Vector<float, kLanes<float>>;
   V in;
@@ -88,7 +92,9 @@ struct LaneCoefficients {
 
   // Of the `rows` rows from `offset` on, `stride` apart.
   LaneCoefficients(const Problem& problem, int64_t offset, int64_t stride, int rows)
-      : alike(stride == 0), grouped(sizeof(T) == 4 && problem.grad_coefficient.data == nullptr) {
+      : alike(stride == 0),
+        grouped(sizeof(T) == 4 && problem.length >= kGroupedRow &&
+                problem.grad_coefficient.data == nullptr) {
     constexpr int kN = W::kN, kD = kN / W::kParts;
     const int vectors = alike ? 1 : M;
     alignas(64) double coefficient[kN * M];
