@@ -43,6 +43,7 @@ TESTS = [
     "tests/test_ema.py",
     "tests/test_nn.py",
     "tests/test_strides.py",
+    "tests/test_short_rows.py",
     "tests/test_nonfinite.py",
     "tests/test_range.py",
     "tests/test_errors.py",
