@@ -46,6 +46,23 @@ def test_every_length(dtype: torch.dtype, rows: int) -> None:
                 bounds.check_backward(found, grad_y, x, alpha, **options)
 
 
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 30, 67, 191])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_alone(dtype: torch.dtype, length: int) -> None:
+    """Catches a row whose bits follow from those beside it, ill-behaved coefficients included."""
+    alpha = torch.tensor([0.3, 1.5, 1.0, 1 - 2.0**-40, -0.1, 0.0, 2.5, 1e-5], dtype=torch.float64)
+    x = signal(8, length, dtype=dtype).requires_grad_()
+    grad_y = signal(8, length, dtype=dtype, seed=1)
+    for reverse in (False, True):
+        y, state = ema(x, alpha[:, None], reverse=reverse, return_state=True)
+        (grad_x,) = torch.autograd.grad(y, x, grad_y)
+        for i in range(8):
+            row = x[i].detach().clone().requires_grad_()
+            alone, handed_on = ema(row, alpha[i], reverse=reverse, return_state=True)
+            (grad_row,) = torch.autograd.grad(alone, row, grad_y[i])
+            assert_same((alone, handed_on, grad_row), (y[i], state[i], grad_x[i]))
+
+
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_beside_a_strange_one(dtype: torch.dtype, value: float) -> None:

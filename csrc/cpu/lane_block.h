@@ -19,7 +19,7 @@ struct Lines {
 };
 
 // A block of up to M vectors of rows, M recurrences in flight. It walks along time in steps of up
-// to kLaneSteps samples: walk(0, n), walk(n, m), ..., then write_ends().
+// to kLaneSteps samples: walk(0, n), walk(n, m), ..., then finish().
 template <class Storage, int M>
 class LaneBlock {
  public:
@@ -59,8 +59,8 @@ class LaneBlock {
     if (end == problem_.length && adjoint_ && !problem_.has_initial_state) write_lambda();
   }
 
-  // After all samples: what each row hands on.
-  void write_ends() {
+  // After all samples: what each row hands on, and the rows that could not walk with the others.
+  void finish() {
     if (problem_.state.data != nullptr)
       write_numbers(problem_.state, at_.state, [&](int m, int p) {
         const auto& k = k_.of(m)[p];
@@ -70,6 +70,12 @@ class LaneBlock {
     if (forward_x_ != nullptr)
       write_numbers(problem_.grad_coefficient, at_.grad_coefficient,
                     [&](int m, int p) { return gradients_[m][p].sum * k_.of(m)[p].to_lambda; });
+    for (int i = 0; i < rows_ && k_.apart; ++i) {
+      if (!k_.is_apart[i]) continue;
+      RowOffsets at = at_;
+      at.move(problem_, problem_.ndim - 1, i);
+      write_end(problem_, at, walk_row<Storage>(problem_, at));
+    }
   }
 
  private:
@@ -81,7 +87,7 @@ class LaneBlock {
   static constexpr int kParts = W::kParts, kD = kN / kParts;
 
   int64_t row_stride(const Operand& operand) const {
-    return problem_.ndim > 0 ? operand.row_strides[problem_.ndim - 1] : 0;
+    return operand.row_strides[problem_.ndim - 1];
   }
 
   // A sample or a number of each row, from the first row's on; states are in the accumulate dtype,

@@ -84,30 +84,32 @@ template <class T, int M>
 struct LaneCoefficients {
   using W = Wide<T>;
   using Factors = WalkFactors<typename W::D>;
+  static constexpr int kN = W::kN;
 
-  bool alike;    // all rows have the same coefficient: the first vector stands for all
-  bool grouped;  // walked by groups
+  bool alike;             // all rows have the same coefficient: the first vector stands for all
+  bool grouped;           // walked by groups ...
+  bool apart = false;     // ... but for some,
+  bool is_apart[kN * M];  // these: what a row does must not follow from those beside it
   Factors factors[M][W::kParts];
   LaneGroup groups[sizeof(T) == 4 ? M : 1];
 
   // Of the `rows` rows from `offset` on, `stride` apart.
   LaneCoefficients(const Problem& problem, int64_t offset, int64_t stride, int rows)
-      : alike(stride == 0),
-        grouped(sizeof(T) == 4 && problem.length >= kGroupedRow &&
-                problem.grad_coefficient.data == nullptr) {
-    constexpr int kN = W::kN, kD = kN / W::kParts;
-    const int vectors = alike ? 1 : M;
+      : alike(stride == 0), grouped(false) {
     alignas(64) double coefficient[kN * M];
+    const int vectors = alike ? 1 : M;
     for (int i = 0; i < kN * vectors; ++i) {  // lanes without a row do as the last one
-      if (i == 0)
-        coefficient[i] =
-            problem.coefficient.data == nullptr ? problem.value : read(problem.coefficient, offset);
+      if (i > 0 && (alike || i >= rows))
+        coefficient[i] = coefficient[i - 1];
+      else if (problem.coefficient.data == nullptr)
+        coefficient[i] = problem.value;
       else
-        coefficient[i] = alike || i >= rows ? coefficient[i - 1]
-                                            : read(problem.coefficient, offset + i * stride);
-      if (i == 0 || !alike) grouped = grouped && LaneGroup::fit(problem.op, coefficient[i]);
+        coefficient[i] = read(problem.coefficient, offset + i * stride);
     }
+    if (sizeof(T) == 4 && problem.length >= kGroupedRow && problem.grad_coefficient.data == nullptr)
+      choose_groups(problem.op, coefficient, rows);
     for (int m = 0; m < vectors; ++m) {
+      constexpr int kD = kN / W::kParts;
       for (int p = 0; p < W::kParts; ++p)
         factors[m][p] = Factors(problem.op, load<typename W::D>(coefficient + m * kN + p * kD));
       if constexpr (sizeof(T) == 4)
@@ -117,6 +119,18 @@ struct LaneCoefficients {
 
   EMA_EXT_INLINE const Factors* of(int m) const { return factors[alike ? 0 : m]; }
   EMA_EXT_INLINE const LaneGroup& group(int m) const { return groups[alike ? 0 : m]; }
+
+ private:
+  void choose_groups(Op op, double* coefficient, int rows) {
+    const int count = alike ? 1 : rows;
+    for (int i = 0; i < count; ++i) {
+      is_apart[i] = !LaneGroup::fit(op, coefficient[i]);
+      (is_apart[i] ? apart : grouped) = true;
+    }
+    if (!grouped) apart = false;
+    for (int i = 0; i < count && apart; ++i)
+      if (is_apart[i]) coefficient[i] = 0.5;  // which fits; the row is walked once more
+  }
 };
 
 }  // namespace ema_ext::cpu::EMA_EXT_LEVEL

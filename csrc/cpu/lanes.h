@@ -12,21 +12,20 @@ template <class Block, int kMost>
 class Blocks {
  public:
   explicit Blocks(const Problem& problem)
-      : problem_(problem),
-        stride_(problem.ndim > 0 ? problem.coefficient.row_strides[problem.ndim - 1] : 0) {}
+      : problem_(problem), stride_(problem.coefficient.row_strides[problem.ndim - 1]) {}
 
   // A block of the next `rows` rows; moves `at` past them.
   void add(int rows, RowOffsets& at) {
     Coefficients* k = reinterpret_cast<Coefficients*>(coefficients_) + (stride_ == 0 ? 0 : count_);
     if (stride_ != 0 || count_ == 0) new (k) Coefficients(problem_, at.coefficient, stride_, rows);
     new (place(count_++)) Block(problem_, at, rows, *k);
-    if (problem_.ndim > 0) at.move(problem_, problem_.ndim - 1, rows);
+    at.move(problem_, problem_.ndim - 1, rows);
   }
   void walk(int64_t begin, int64_t end) {
     for (int i = 0; i < count_; ++i) place(i)->walk(begin, end);
   }
-  void write_ends() {
-    for (int i = 0; i < count_; ++i) place(i)->write_ends();
+  void finish() {
+    for (int i = 0; i < count_; ++i) place(i)->finish();
   }
 
  private:
@@ -55,8 +54,8 @@ void walk_lanes(const Problem& problem, RowOffsets at, int64_t rows) {
     wide.walk(begin, end);
     narrow.walk(begin, end);
   }
-  wide.write_ends();
-  narrow.write_ends();
+  wide.finish();
+  narrow.finish();
 }
 
 // Items [begin, end): each kLanesPerBlock neighbouring rows, or those left of the innermost axis.

@@ -33,10 +33,10 @@ void move_axis(Problem& problem, int from, int to) {
 // samples; for short rows, whatever their strides, the longest.
 int lane_axis(const Problem& problem, bool varying) {
   if (forced(Strategy::kRows) || forced(Strategy::kCut) || problem.ndim == 0) return -1;
-  const int64_t* longest = std::max_element(problem.sizes, problem.sizes + problem.ndim);
-  const bool brief = problem.length < kTiledRow;
-  const bool many = problem.length < kShortRow && *longest >= kShortRows && !varying;
-  if (brief || many || forced(Strategy::kLanes)) return static_cast<int>(longest - problem.sizes);
+  if (problem.length < (varying ? kTiledRow : kShortRow) || forced(Strategy::kLanes)) {
+    const int64_t* longest = std::max_element(problem.sizes, problem.sizes + problem.ndim);
+    return static_cast<int>(longest - problem.sizes);
+  }
   const bool contiguous_in_time = problem.x.time_stride == 1 || problem.x.time_stride == -1;
   for (int d = 0; d < problem.ndim && !contiguous_in_time; ++d) {
     if (rows_touch(problem, d)) return d;
@@ -44,10 +44,18 @@ int lane_axis(const Problem& problem, bool varying) {
   return -1;
 }
 
+// Lanes want an axis, and a single row has none.
+void add_axis(Problem& problem) {
+  problem.sizes[problem.ndim] = 1;
+  problem.for_each_operand([&](Operand& operand) { operand.row_strides[problem.ndim] = 0; });
+  ++problem.ndim;
+}
+
 }  // namespace
 
 Plan make_plan(Problem& problem, int threads) {
   const bool varying = problem.varying || problem.op == Op::kLinearRecurrenceBackward;
+  if (problem.ndim == 0 && !varying) add_axis(problem);
   const int lane = lane_axis(problem, varying);
   if (lane >= 0) {
     const int64_t width = problem.sizes[lane];

@@ -29,11 +29,11 @@ constexpr double kAggregateCost = 0.6;
 // Rows shorter than this are not worth a tile.
 constexpr int64_t kTiledRow = 32;
 
-// Rows shorter than this walk side by side where there are kShortRows of them: what a row costs by
-// tiles besides its samples, its tail above all, is saved from 64 samples by half and more, and
-// begins to be less than what bringing rows side by side takes between 128 and 256.
+// Rows shorter than this walk side by side, however few: a row has the same bits whatever rows
+// stand beside it. What a row costs by tiles besides its samples, its tail above all, is saved from
+// 64 samples by half and more, and begins to be less than what bringing rows side by side takes
+// between 128 and 256.
 constexpr int64_t kShortRow = 192;
-constexpr int64_t kShortRows = 8;
 
 // Samples that pass through a buffer in L1 at a time, where the kernel cannot read memory directly.
 // A multiple of every tile.
