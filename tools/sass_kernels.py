@@ -43,7 +43,10 @@ WIDE = "float64 joins by differences and by roots, and has half the samples to s
 SPLIT = "a tile a trip, with all that it knows of its row, its ticket and its look-back"
 VARYING = "maps of two float64 are composed, scanned over the team and followed, sample by sample"
 NEXT = "besides, y of the stretch of lanes behind, and a coefficient that is constant"
-LANES = "each row of a thread is scanned over warps by itself, for few samples of it"
+LANES = (
+    "each row is joined over warps by itself, and look-back and alpha's sums take a barrier each"
+)
+HALVES = f"{LANES}; {SAMPLES}"
 
 
 def rows(kind: str, gradient: bool, ceilings: dict[int, float], why: str) -> Iterator[Expected]:

@@ -36,10 +36,10 @@ constexpr int64_t kRowsPerMultiprocessor = 2;
 constexpr int64_t kSplitTiles = 4;
 
 // Time-strided rows: samples that a thread takes of each of its rows per tile, each from a line of
-// its own, so that 128 bytes are in flight; where two tensors are and samples are not float32, half
-// as many, for want of registers.
+// its own, so that 128 bytes are in flight; half as many float64 where two tensors are, for want of
+// registers.
 constexpr int lane_steps(int64_t sample_bytes, bool gradient) {
-  return gradient && sample_bytes != 4 ? 4 : 8;
+  return gradient && sample_bytes == 8 ? 4 : 8;
 }
 
 // Rows of a block, where each thread has `rows` of them: so many threads across that they read 256
