@@ -64,8 +64,11 @@ constexpr int varying_items(int64_t sample_bytes, bool aligned) {
   return aligned && sample_bytes < 8 ? 16 : 8;
 }
 
-// Blocks per multiprocessor, which leave 128 registers a thread, or 255.
-constexpr int varying_blocks(int items, bool adjoint) { return adjoint && items > 8 ? 1 : 2; }
+// Blocks per multiprocessor, which leave 128 registers a thread, or 255 where sixteen samples need
+// them: for the four tensors of an adjoint, or beside a look-back.
+constexpr int varying_blocks(int items, bool adjoint, bool split) {
+  return items > 8 && (adjoint || split) ? 1 : 2;
+}
 
 // Terms of a broadcast sum that a warp adds up, 128 to each lane: what it leaves behind is a
 // thousandth of what it reads. The sums of such chunks are summed likewise. Changes results in
