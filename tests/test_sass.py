@@ -220,6 +220,23 @@ def test_peeled_trip() -> None:
     assert (main.trip.instructions, main.trip.bytes) == (4, 32)
 
 
+def test_edges_are_not_the_main_loop() -> None:
+    """Catches the tiles at a row's ends, which move as much and a scalar besides, in its place."""
+    main = main_loop(
+        code(
+            "@P0 BRA 0x50",
+            *[LOAD, "FADD R4,R4,R6", "FADD R4,R4,R6", STORE],  # a tile at an end
+            "@P1 BRA 0x90",  # 0x50
+            *[LOAD, STORE, "@P2 BRA 0x60"],  # 0x60, those between
+            "@P3 BRA 0x0",  # 0x90
+            "STG.E.64 [R2],R4",
+            "EXIT",
+        )
+    )
+    assert main.is_loop
+    assert (main.trip.instructions, main.trip.bytes) == (3, 32)
+
+
 def test_widths() -> None:
     """Catches modifiers read as a width, and 64 bits that pass for wide."""
     accesses = {

@@ -21,7 +21,8 @@ class Expected:
     aligned: bool = False  # samples move by 128 bits: held to the bar on instructions per byte
     moves: tuple[int, int] = (1, 1)  # bytes of samples read to bytes written, if aligned
     barriers: int = 1  # per trip, at most
-    narrow: int = 0  # accesses below 128 bits in an aligned trip: not samples
+    narrow: int = 0  # accesses below 128 bits in an aligned trip: not samples, or pieces
+    pieces: bool = False  # whether nvcc may store 128 bits by pieces, which count as samples
     inner: int = 0  # loops inside the main loop that neither wait nor walk, and that few enter
     per_byte: float = MOST_PER_BYTE  # instructions, at most
     why: str = ""  # for whatever is not as by default
@@ -43,7 +44,11 @@ WIDE = "float64 joins by differences and by roots, and has half the samples to s
 SPLIT = "a tile a trip, with all that it knows of its row, its ticket and its look-back"
 VARYING = "maps of two float64 are composed, scanned over the team and followed, sample by sample"
 NEXT = "besides, y of the stretch of lanes behind, and a coefficient that is constant"
-LANES = "each row of a thread is scanned over warps by itself, for few samples of it"
+LANES = (
+    "each row is joined over warps by itself, and look-back and alpha's sums take a barrier each"
+)
+HALVES = f"{LANES}; {SAMPLES}; nvcc stores bfloat16 for 7.5 by words"
+WIDE_LANES = f"{LANES}; half as many samples of float64 share that; nvcc stores them one by one"
 
 
 def rows(kind: str, gradient: bool, ceilings: dict[int, float], why: str) -> Iterator[Expected]:
@@ -104,21 +109,23 @@ def varying(
     yield Expected(f"Varying<{kind}, Columns<{kind}, 8>, {{false,true}}, {{false,true}}>")
 
 
-def lanes(
-    kind: str,
-    forward: float,
-    backward: float,
-    moves: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (2, 1)),
-) -> Iterator[Expected]:
+def lanes(kind: str, forward: float, backward: float, pieces: int = 0) -> Iterator[Expected]:
     """Lanes of one dtype, 16 bytes a thread."""
-    common = {"aligned": True, "inner": 40, "narrow": 12, "why": LANES}
     for gradient, ceiling in ((False, forward), (True, backward)):
         yield Expected(
             f"Lanes<{kind}, true, {str(gradient).lower()}>",
+            aligned=True,
+            moves=(2, 1) if gradient else (1, 1),
             per_byte=ceiling,
             barriers=3 if gradient else 2,
-            moves=moves[gradient],
-            **common,
+            narrow=pieces,
+            pieces=pieces > 0,
+            inner=45,
+            why=LANES
+            if ceiling <= MOST_PER_BYTE
+            else WIDE_LANES
+            if kind == STORAGES[1]
+            else HALVES,
         )
 
 
@@ -146,10 +153,10 @@ KERNELS = [
     *varying("Float16", 16, {8: 5.3, 32: 5.5, 256: 5.8}, {8: 4.7, 32: 4.7, 256: 4.7}, (9.9, 6.7)),
     *varying("BFloat16", 16, {8: 7.0, 32: 7.3, 256: 7.7}, {8: 6.4, 32: 6.4, 256: 6.5}, (11.5, 8.1)),
     Expected(f"SplitSums<Tiling<{STORAGE}, 256, {{false,true}}, true>>"),
-    *lanes("Native<float>", 4.2, 5.2),
-    *lanes("Native<double>", 3.8, 4.8, ((4, 1), (4, 1))),  # each store is passed by itself
-    *lanes("Float16", 7.8, 11.5),
-    *lanes("BFloat16", 10.9, 13.5),
+    *lanes("Native<float>", 2.5, 2.5),
+    *lanes("Native<double>", 2.5, 2.8, pieces=12),
+    *lanes("Float16", 3.7, 3.9),
+    *lanes("BFloat16", 6.7, 5.9, pieces=24),
     Expected(f"Lanes<{STORAGE}, false, {{false,true}}>"),
     Expected(f"LaneSums<{STORAGE}, {{false,true}}>"),
     Expected(f"{{SumAlongTerms,SumAlongResults}}<{STORAGE}>"),

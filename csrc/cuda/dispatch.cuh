@@ -199,6 +199,7 @@ struct Dispatch {
     const SplitWorkspace parts = split_lanes_workspace(scan, plan);
     const typename Kernel::Arguments arguments{scan,
                                                plan.columns,
+                                               kBlockThreads / plan.columns,
                                                split,
                                                plan.tiles,
                                                split ? parts.ticket(workspace) : nullptr,

@@ -7,6 +7,8 @@
 // split_rows.cuh.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/messages.cuh"
 #include "cuda/tile.cuh"
 #include "cuda/walk.cuh"
@@ -20,12 +22,12 @@ __device__ inline int64_t lane_anchor_before(int64_t tile) {
 
 // One row of a block: the powers of its coefficient and what goes from tile to tile.
 template <class Storage, int kSteps>
-struct Lane {
+struct alignas(16) Lane {
   using Acc = typename Storage::Acc;
   static constexpr int kG = 4;  // samples that are scanned by c itself
 
+  Acc powers[kG + 1];  // c^i
   Acc in, to_lambda, alpha;
-  Acc powers[kG + 1];   // c^i
   double slot_decay;    // c^kSteps
   Power<Acc> slots[3];  // over kSteps 2^i samples
   Power<Acc> warp;      // over the slots of a warp
@@ -33,6 +35,7 @@ struct Lane {
   double added_first;
   State<Acc> states[2];  // before the tile, by the tile's parity
   double last;           // s, after the last sample
+  Acc first;             // x[0], where that is y[0]
 
   __device__ Lane(const Row<Storage>& row, int slots_per_warp, double start)
       : in(static_cast<Acc>(row.in)),
@@ -49,55 +52,66 @@ struct Lane {
     states[0] = states[1] = {start, 0};  // the second for columns that are not there
   }
 
-  // s[i] from zero, of a thread's samples; returns the last.
-  __device__ __forceinline__ Acc scan_groups(const Acc* x, bool starts, bool copies, Acc* s) const {
+  // q[i], s[i] from zero, in place of a thread's x[i] of row w; returns the last s.
+  template <int kW>
+  __device__ __forceinline__ Acc scan_groups(Acc (&q)[kSteps][kW], int w, bool starts,
+                                             bool copies) {
+    if (copies) first = q[0][w];
     Acc aggregate = 0;
 #pragma unroll
     for (int g = 0; g < kSteps; g += kG) {
-      s[g] = in * x[g];
-      if (g == 0 && starts) s[0] += static_cast<Acc>(added_first);
-      if (g == 0 && copies && !finite(x[0])) s[0] = x[0];
+      Acc x = q[g][w];
+      q[g][w] = in * x;
+      if (g == 0 && starts) q[g][w] += static_cast<Acc>(added_first);
+      if (g == 0 && copies && !finite(x)) q[g][w] = x;
 #pragma unroll
-      for (int i = 1; i < kG; ++i) s[g + i] = fma(powers[1], s[g + i - 1], in * x[g + i]);
-      aggregate = fma(powers[kG], aggregate, s[g + kG - 1]);
+      for (int i = g + 1; i < g + kG; ++i) q[i][w] = fma(powers[1], q[i - 1][w], in * q[i][w]);
+      aggregate = fma(powers[kG], aggregate, q[g + kG - 1][w]);
     }
     return aggregate;
   }
-  // As tile.cuh's.
-  __device__ __forceinline__ void add_state(Acc state, Acc* s) const {
+  // As tile.cuh's: s[i] in place of q[i].
+  template <int kW>
+  __device__ __forceinline__ void add_state(Acc state, Acc (&q)[kSteps][kW], int w,
+                                            bool copies) const {
     Acc from_zero = 0;
 #pragma unroll
     for (int g = 0; g < kSteps; g += kG) {
       const Acc before = g == 0 ? state : fma(powers[kG], state, from_zero);
-      from_zero = s[g + kG - 1];
+      from_zero = q[g + kG - 1][w];
 #pragma unroll
-      for (int i = 0; i < kG; ++i) s[g + i] = fma(powers[i + 1], before, s[g + i]);
+      for (int i = 0; i < kG; ++i) q[g + i][w] = fma(powers[i + 1], before, q[g + i][w]);
     }
+    if (copies) q[0][w] = first;
   }
   static_assert(kSteps <= 2 * kG);
 
   // As tile.cuh's, of the first `count` samples, which are one or more.
-  __device__ __forceinline__ AlphaSums alpha_sums(const Acc* x, const Acc* s, int count) const {
+  template <int kW>
+  __device__ __forceinline__ AlphaSums alpha_sums(const Acc (&x)[kSteps][kW],
+                                                  const Acc (&s)[kSteps][kW], int w,
+                                                  int count) const {
     AlphaSums sums;
-    Acc reference = x[0], weight = 0, aggregate = 0;
+    Acc reference = x[0][w], share = 0, weight = 0, aggregate = 0;
 #pragma unroll
     for (int i = 1; i < kSteps; ++i)
-      if (i < count) reference = x[i];
+      if (i < count) reference = x[i][w];
 #pragma unroll
     for (int i = kSteps - 1; i >= 0; --i) {
       if (i >= count) continue;
-      const Acc innovation = x[i] - reference - aggregate;
-      sums.share += s[i] * innovation;
+      const Acc innovation = x[i][w] - reference - aggregate;
+      share = fma(s[i][w], innovation, share);
       aggregate = fma(alpha, innovation, aggregate);
     }
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       if (i >= count) continue;
-      weight = fma(powers[1], weight, s[i]);
-      sums.decay *= powers[1];
+      weight = fma(powers[1], weight, s[i][w]);
+      if (count < kSteps) sums.decay *= powers[1];
     }
     if (count == kSteps) sums.decay = slot_decay;
     sums.reference = reference;
+    sums.share = share;
     sums.weight = weight;
     sums.aggregate = aggregate;
     return sums;
@@ -118,6 +132,7 @@ struct Lanes {
   struct Arguments {
     Scan scan;                   // the last axis is that along which rows touch
     int columns;                 // a power of two, from 4 to kMostLanes / kW
+    int slots;                   // kThreads / columns
     bool split;                  // a tile per block
     int64_t tiles;               // per row
     unsigned long long* ticket;  // 0 before; of a split scan, as the two below
@@ -162,7 +177,7 @@ struct Lanes {
   }
 
   __device__ int lanes() const { return arguments_.columns * kW; }
-  __device__ int tile_steps() const { return kSteps * kThreads / arguments_.columns; }
+  __device__ int tile_steps() const { return kSteps * arguments_.slots; }
   __device__ __forceinline__ Lane<Storage, kSteps>& lane(int w) const {
     return shared_.lanes[column_ * kW + w].value();
   }
@@ -184,8 +199,13 @@ struct Lanes {
     if (shared_.unfit) return walk();
     const int64_t end = arguments_.split ? first_tile_ + 1 : arguments_.tiles;
     place();
+    int64_t tile = first_tile_;
 #pragma unroll 1
-    for (int64_t tile = first_tile_; tile < end; ++tile) scan_tile(tile);
+    while (tile < end) {
+      if (!is_inner(tile)) scan_tile<false>(tile++);
+#pragma unroll 1
+      for (; tile < end && is_inner(tile); ++tile) scan_tile<true>(tile);
+    }
     __syncthreads();
     if (owns_row()) finish(end == arguments_.tiles);
   }
@@ -214,8 +234,10 @@ struct Lanes {
       row.write_gradient(scan, at, shared_.sums[thread()].value());
   }
 
-  struct Samples {
-    Sample of[kSteps][kW];
+  using Samples = Acc[kSteps][kW];
+  // On their way.
+  struct Raw {
+    std::conditional_t<kVector, uint4, Sample> of[kSteps];
   };
 
   // This thread's first row, and from the tile's first sample to this slot's.
@@ -234,18 +256,28 @@ struct Lanes {
     }
   }
 
-  __device__ __forceinline__ void load(const View& view, int64_t offset, int64_t n, int mine,
-                                       Samples& to) const {
+  // The first `mine` samples of each row, 0 for the others.
+  __device__ __forceinline__ Raw fetch(const View& view, int64_t offset, int64_t n,
+                                       int mine) const {
     const Sample* from = static_cast<const Sample*>(view.data) + offset + n * view.time_stride;
+    Raw raw;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      if constexpr (kVector) {
-        const uint4 chunk = i < mine ? *reinterpret_cast<const uint4*>(from + i * view.time_stride)
-                                     : uint4{0, 0, 0, 0};
-        memcpy(static_cast<void*>(to.of[i]), &chunk, sizeof chunk);
-      } else {
-        to.of[i][0] = i < mine ? from[i * view.time_stride] : Storage::put(0);
-      }
+      const Sample* const at = from + i * view.time_stride;
+      if constexpr (kVector)
+        raw.of[i] = i < mine ? *reinterpret_cast<const uint4*>(at) : uint4{0, 0, 0, 0};
+      else
+        raw.of[i] = i < mine ? *at : Storage::put(0);
+    }
+    return raw;
+  }
+  static __device__ __forceinline__ void unpack(const Raw& raw, Samples& to) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if constexpr (kVector)
+        Chunk<Storage>::unpack(raw.of[i], to[i]);
+      else
+        to[i][0] = Storage::get(raw.of[i]);
     }
   }
   __device__ __forceinline__ void store(const Samples& from, int64_t n, int mine) const {
@@ -254,82 +286,77 @@ struct Lanes {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       if (i >= mine) continue;
-      if constexpr (kVector) {
-        uint4 chunk;
-        memcpy(&chunk, from.of[i], sizeof chunk);
-        *reinterpret_cast<uint4*>(to + i * view.time_stride) = chunk;
-      } else {
-        to[i * view.time_stride] = from.of[i][0];
-      }
+      if constexpr (kVector)
+        *reinterpret_cast<uint4*>(to + i * view.time_stride) = Chunk<Storage>::pack(from[i]);
+      else
+        to[i * view.time_stride] = Storage::put(from[i][0]);
     }
   }
-  static __device__ __forceinline__ void unpack(const Samples& samples, int w, Acc* to) {
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) to[i] = Storage::get(samples.of[i][w]);
+
+  // Whether neither the row's first sample is in the tile, nor its last.
+  __device__ __forceinline__ bool is_inner(int64_t tile) const {
+    return tile > 0 && (tile + 1) * tile_steps() < arguments_.scan.length;
   }
 
+  template <bool kInner>
   __device__ __forceinline__ void scan_tile(int64_t tile) {
     const Scan& scan = arguments_.scan;
     const int64_t n = tile * tile_steps() + slot_ * kSteps, left = scan.length - n;
     const bool column_there = column_ * kW < count_;
-    const int mine = !column_there || left <= 0 ? 0
-                     : left < kSteps            ? static_cast<int>(left)
-                                                : kSteps;
-    const bool starts = n == 0,
+    const int there = kInner || left >= kSteps ? kSteps : left <= 0 ? 0 : static_cast<int>(left);
+    const int mine = column_there ? there : 0;
+    const bool starts = !kInner && n == 0,
                copies = starts && scan.op == Op::kEma && scan.start.data == nullptr;
     const int parity = static_cast<int>(tile & 1);
 
-    Samples x, forward_x;
-    load(scan.x, x_, n, mine, x);
+    Samples s, forward_x;
+    unpack(fetch(scan.x, x_, n, mine), s);
     Acc before[kW];  // from zero, of the slots before this one in the warp
 #pragma unroll
     for (int w = 0; w < kW; ++w)
-      before[w] = static_cast<Acc>(scan_warp(x, w, starts, copies, parity));
+      before[w] = static_cast<Acc>(scan_warp(lane(w).scan_groups(s, w, starts, copies), w, parity));
     __syncthreads();
-    if constexpr (kGradient) load(scan.forward_x, forward_x_, n, mine, forward_x);
+    Raw raw;
+    if constexpr (kGradient) raw = fetch(scan.forward_x, forward_x_, n, mine);
     if (arguments_.split) look_back(tile, parity);
 
+    if constexpr (kGradient) unpack(raw, forward_x);
 #pragma unroll
     for (int w = 0; w < kW; ++w) {
       Lane<Storage, kSteps>& k = lane(w);
-      Acc samples[kSteps], s[kSteps];
-      unpack(x, w, samples);
-      k.scan_groups(samples, starts, copies, s);
-      k.add_state(static_cast<Acc>(state_of_slot(w, before[w], parity)), s);
-      if (copies) s[0] = samples[0];
-      if (mine > 0 && left <= kSteps) k.last = last_of(s, mine);
-      if constexpr (kGradient) {
-        unpack(forward_x, w, samples);
-        join(k.alpha_sums(samples, s, mine), mine > 0, w);
-      }
-      const bool to_lambda = scan.op == Op::kEmaBackward && !scan.has_initial_state;
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i)
-        x.of[i][w] = Storage::put(to_lambda && i + 1 == left ? s[i] * k.to_lambda : s[i]);
+      k.add_state(static_cast<Acc>(state_of_slot(w, before[w], parity)), s, w, copies);
+      if (!kInner && mine > 0 && left <= kSteps) k.last = last_of(s, w, mine);
+      if constexpr (kGradient)
+        join(k.alpha_sums(forward_x, s, w, kInner ? kSteps : mine), mine > 0, w);
+      if constexpr (!kInner)
+        if (scan.op == Op::kEmaBackward && !scan.has_initial_state) to_lambda(s, w, left);
     }
-    store(x, n, mine);
+    store(s, n, mine);
     if constexpr (kGradient) {
       __syncthreads();
       fold(scan.length - tile * tile_steps());
     }
   }
 
-  static __device__ __forceinline__ Acc last_of(const Acc* s, int count) {
-    Acc last = s[0];
+  // The row's last sample, of the thread's `left` before its end.
+  __device__ __forceinline__ void to_lambda(Samples& s, int w, int64_t left) const {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+      if (i + 1 == left) s[i][w] *= lane(w).to_lambda;
+  }
+
+  static __device__ __forceinline__ Acc last_of(const Samples& s, int w, int count) {
+    Acc last = s[0][w];
 #pragma unroll
     for (int i = 1; i < kSteps; ++i)
-      if (i < count) last = s[i];
+      if (i < count) last = s[i][w];
     return last;
   }
 
-  // The state before this slot and after the warp, from zero before the warp.
-  __device__ __forceinline__ double scan_warp(const Samples& x, int w, bool starts, bool copies,
-                                              int parity) {
+  // From each slot's aggregate, the state before this one, from zero before the warp.
+  __device__ __forceinline__ double scan_warp(double aggregate, int w, int parity) {
     const Lane<Storage, kSteps>& k = lane(w);
     const int columns = arguments_.columns;
-    Acc samples[kSteps], s[kSteps];
-    unpack(x, w, samples);
-    double aggregate = k.scan_groups(samples, starts, copies, s);
     const Power<Acc>* power = k.slots;
 #pragma unroll 1
     for (int by = columns; by < kWarp; by *= 2, ++power) {
@@ -365,10 +392,10 @@ struct Lanes {
   }
   __device__ __forceinline__ double over_slots(const Lane<Storage, kSteps>& k, double before,
                                                double state) const {
-    const int slots = slot_ % slots_per_warp_;
-#pragma unroll
-    for (int i = 0; i < 3; ++i)
-      if ((slots >> i & 1) != 0) state = k.slots[i].join(0, state);
+    const Power<Acc>* power = k.slots;
+#pragma unroll 1
+    for (int slots = slot_ % slots_per_warp_; slots != 0; slots >>= 1, ++power)
+      if ((slots & 1) != 0) state = power->join(0, state);
     return before + state;
   }
 

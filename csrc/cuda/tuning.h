@@ -40,10 +40,10 @@ constexpr int64_t kSplitTiles = 4;
 constexpr int64_t kSplitBlocks = 1024;
 
 // Time-strided rows: samples that a thread takes of each of its rows per tile, each from a line of
-// its own, so that 128 bytes are in flight; where two tensors are and samples are not float32, half
-// as many, for want of registers.
+// its own, so that 128 bytes are in flight; half as many float64 where two tensors are, for want of
+// registers.
 constexpr int lane_steps(int64_t sample_bytes, bool gradient) {
-  return gradient && sample_bytes != 4 ? 4 : 8;
+  return gradient && sample_bytes == 8 ? 4 : 8;
 }
 
 // Rows of a block, where each thread has `rows` of them: so many threads across that they read 256
@@ -68,8 +68,11 @@ constexpr int varying_items(int64_t sample_bytes, bool aligned) {
   return aligned && sample_bytes < 8 ? 16 : 8;
 }
 
-// Blocks per multiprocessor, which leave 128 registers a thread, or 255.
-constexpr int varying_blocks(int items, bool adjoint) { return adjoint && items > 8 ? 1 : 2; }
+// Blocks per multiprocessor, which leave 128 registers a thread, or 255 where sixteen samples need
+// them: for the four tensors of an adjoint, or beside a look-back.
+constexpr int varying_blocks(int items, bool adjoint, bool split) {
+  return items > 8 && (adjoint || split) ? 1 : 2;
+}
 
 // Terms of a broadcast sum that a warp adds up, 128 to each lane: what it leaves behind is a
 // thousandth of what it reads. The sums of such chunks are summed likewise. Changes results in
