@@ -1,8 +1,9 @@
 """What one trip through a kernel's main loop costs, read from its SASS.
 
-**Main loop**: the one whose trip moves the most bytes of samples by wide access; a kernel without
-loops counts as one trip. Samples are what plain loads and stores of global memory move. Words by
-which blocks talk to each other are loaded and stored `.STRONG` or by atomics, and do not count.
+**Main loop**: the one whose trip moves the most bytes of samples by wide access, and of several
+such (one for each direction of time) the one with the longest; a kernel without loops counts as one
+trip. Samples are what plain loads and stores of global memory move. Words by which blocks talk to
+each other are loaded and stored `.STRONG` or by atomics, and do not count.
 
 **Trip**: among all ways from the loop's head back to it, that which moves the most bytes of
 samples by wide access; among those, one that enters no inner loop and calls no subroutine that it
@@ -163,7 +164,15 @@ def main_loop(code: list[Instruction]) -> MainLoop:
     blocks = _blocks(code)
     kernel = Loop(0, set(blocks), _loops(blocks, set(blocks)), is_kernel=True)
     trips = [(_trip(blocks, loop, Trip.usual), loop) for loop in _all_loops(kernel)]
-    trip, loop = max(trips, key=lambda each: (each[0].wide, each[0].bytes, not each[1].is_kernel))
+    trip, loop = max(
+        trips,
+        key=lambda each: (
+            each[0].wide,
+            each[0].bytes,
+            not each[1].is_kernel,
+            each[0].instructions,
+        ),
+    )
     computing = sum(_computes(blocks, inner) for inner in loop.inner)
     longest = _trip(blocks, loop, Trip.longest)
     return MainLoop(trip, longest, computing, not loop.is_kernel)

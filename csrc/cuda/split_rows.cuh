@@ -69,6 +69,7 @@ struct SplitRows {
     Ends<double> ends[2][kBlockWarps];
     Acc references[2][kBlockWarps];  // of each warp's last stretch
     int64_t tickets[2];
+    Uninitialized<decltype(Team::walk)> walk;  // of the thread that ends the row
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
@@ -265,7 +266,8 @@ struct SplitRows {
 
   // By the thread that has the row's last chunk.
   __device__ __forceinline__ void end_row(const Acc* s, int mine, double kappa) {
-    auto walk = team_.walk;
+    auto& walk = shared_.walk.value();
+    walk = team_.walk;
     walk.state = last_of<T>(s, mine);
     if constexpr (kGradient)
       walk.sums = {reference_, 0, kappa_after<T>(s, mine, kappa, team_.row.decay), 0, 1};
