@@ -233,8 +233,12 @@ struct SplitRows {
 #pragma unroll
     for (int by = kGroup / 2; by > 0; by /= 2) ends = sum_across(ends, by);
     const Ends<double> before = sum_across(ends, kGroup);
-    if (thread() == kGroup && ends_group && !last)  // it has the sum of the group's tiles
-      send_ends(mine, joined<T>(own, g == kGroup - 1 ? before : ends, T::kTile, team_.powers.tile));
+    if (thread() == kGroup && ends_group && !last) {  // it has the sum of the group's tiles
+      const bool ends_batch = g == kGroup - 1;
+      const Ends<double> past = {ends_batch ? before.state : ends.state,
+                                 ends_batch ? before.kappa : ends.kappa};
+      send_ends(mine, joined<T>(own, past, T::kTile, team_.powers.tile));
+    }
     return before;
   }
 
