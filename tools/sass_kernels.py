@@ -79,10 +79,16 @@ def rows(
 
 def split(kind: str, forward: float, backward: float) -> Iterator[Expected]:
     """Aligned SplitRows of one dtype; a tile's sums for the gradient are no samples."""
-    name, common = f"SplitRows<Tiling<{kind}, 256, true, ", {"aligned": True, "why": SPLIT}
-    common["inner"] = TILE_LOOPS
-    yield Expected(f"{name}false>>", per_byte=forward, **common)
-    yield Expected(f"{name}true>>", per_byte=backward, narrow=4, moves=(2, 1), **common)
+    for gradient, ceiling in ((False, forward), (True, backward)):
+        yield Expected(
+            f"SplitRows<Tiling<{kind}, 256, true, {str(gradient).lower()}>>",
+            aligned=True,
+            moves=(2, 1) if gradient else (1, 1),
+            narrow=4 if gradient else 0,
+            inner=TILE_LOOPS,
+            per_byte=ceiling,
+            why=SPLIT,
+        )
 
 
 def lanes(
