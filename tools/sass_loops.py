@@ -1,9 +1,10 @@
 """What one trip through a kernel's main loop costs, read from its SASS.
 
-**Main loop**: the one whose trip moves the most bytes of samples by wide access; a kernel without
-loops counts as one trip, and so does one whose loops move less than what is around them. Samples
-are what plain loads and stores of global memory move. Words by which blocks talk to each other are
-loaded and stored `.STRONG` or by atomics, and do not count.
+**Main loop**: the one whose trip moves the most bytes of samples by wide access; of several such
+the innermost, and of those side by side (one for each direction of time) the one with the longest
+trip. A kernel without loops counts as one trip, and so does one whose loops move less than what is
+around them. Samples are what plain loads and stores of global memory move. Words by which blocks
+talk to each other are loaded and stored `.STRONG` or by atomics, and do not count.
 
 **Trip**: among all ways from the loop's head back to it, that which moves the most bytes of
 samples by wide access; among those, one that enters no inner loop and calls no subroutine that it
@@ -164,14 +165,21 @@ def main_loop(code: list[Instruction]) -> MainLoop:
     blocks = _blocks(code)
     kernel = Loop(0, set(blocks), _loops(blocks, set(blocks)), is_kernel=True)
     trips = [(_trip(blocks, loop, Trip.usual), loop) for loop in _all_loops(kernel)]
-    trip, loop = max(reversed(trips), key=lambda each: _most(*each))
+    most = max(_moves(*each) for each in trips)
+    equal = [each for each in trips if _moves(*each) == most]
+    innermost = [
+        (trip, loop)
+        for trip, loop in equal
+        if not any(other.blocks < loop.blocks for _, other in equal)
+    ]
+    trip, loop = max(innermost, key=lambda each: each[0].instructions)
     computing = sum(_computes(blocks, inner) for inner in loop.inner)
     longest = _trip(blocks, loop, Trip.longest)
     return MainLoop(trip, longest, computing, not loop.is_kernel)
 
 
-def _most(trip: Trip, loop: Loop) -> tuple[int, ...]:
-    """What the main loop has most of; the innermost of several."""
+def _moves(trip: Trip, loop: Loop) -> tuple[int, ...]:
+    """What the main loop has most of."""
     repeats = not loop.is_kernel
     return trip.wide, trip.wide > 0 and repeats, trip.bytes, repeats
 

@@ -24,7 +24,8 @@ class SplitWorkspace {
       : teams_at_(kMessages + tiles * messages * static_cast<int64_t>(sizeof(Message))),
         sums_at_(teams_at_ + scan.rows * team_bytes),
         ends_at_(sums_at_ + (wants_gradient(scan) ? tiles * sum_bytes : 0)),
-        end_(ends_at_ + (wants_gradient(scan) && team_bytes > 0 ? scan.rows * sizeof(AlphaSums) : 0)) {}
+        end_(ends_at_ +
+             (wants_gradient(scan) && team_bytes > 0 ? scan.rows * sizeof(AlphaSums) : 0)) {}
 
   Workspace size() const { return {end_, sums_at_}; }
   static unsigned long long* ticket(void* at) { return static_cast<unsigned long long*>(at); }
@@ -122,9 +123,8 @@ struct Dispatch {
   template <bool kAligned, bool kGradient>
   static constexpr int64_t kTeamOf =
       sizeof(typename SplitRows<Tiling<Storage, kBlockThreads, kAligned, kGradient>>::Team);
-  static constexpr int64_t kTeamBytes =
-      std::max({kTeamOf<true, true>, kTeamOf<true, false>, kTeamOf<false, true>,
-                kTeamOf<false, false>});
+  static constexpr int64_t kTeamBytes = std::max(
+      {kTeamOf<true, true>, kTeamOf<true, false>, kTeamOf<false, true>, kTeamOf<false, false>});
   static SplitWorkspace split_rows_workspace(const Scan& scan, const Plan& plan) {
     return {scan, plan.blocks, wants_gradient(scan) ? 2 : 1, kTeamBytes, sizeof(TileSums)};
   }
@@ -185,7 +185,8 @@ struct Dispatch {
         parts.template sums<TileSums>(workspace),
         parts.ends(workspace)};
     cudaError_t error = launch<SplitHeads<T>>({(scan.rows + kWarp - 1) / kWarp, stream}, arguments);
-    if (error == cudaSuccess) error = launch<Kernel>({std::min(plan.blocks, kSplitBlocks), stream}, arguments);
+    if (error == cudaSuccess)
+      error = launch<Kernel>({std::min(plan.blocks, kSplitBlocks), stream}, arguments);
     if constexpr (kGradient)
       if (error == cudaSuccess) error = launch<SplitSums<T>>({scan.rows, stream}, arguments);
     return error;

@@ -21,6 +21,7 @@ struct RowTiles {
   struct Shared {
     WarpStage<T> stage[kBlockWarps];
     Uninitialized<TeamRow<T>> teams[kTeams];
+    typename ThreadPowers<T>::Room powers;
     Ends<double> ends[2][T::kBlock ? kBlockWarps : 1];
     Acc references[2][T::kBlock && T::kGradient ? kBlockWarps : 1];  // of a warp's last stretch
     double sums[T::kBlock && T::kGradient ? kBlockWarps : 1];
@@ -57,14 +58,14 @@ struct RowTiles {
     }
   }
 
-  __device__ __forceinline__ RowTiles(const Scan& scan, Shared& shared, TeamRow<T>& team, bool there, int turn)
+  __device__ __forceinline__ RowTiles(const Scan& scan, Shared& shared, TeamRow<T>& team,
+                                      bool there, int turn)
       : scan_(scan),
         shared_(shared),
         team_(team),
         chunks_(there ? team.parts.chunks : 0),
         turn_(turn),
-        lane_(TilePowers<T>::over_threads(thread() % T::kLanes, team.row.decay)),
-        thread_(TilePowers<T>::over_threads(thread() % T::kTeam, team.row.decay)) {}
+        powers_(shared.powers, team.row.decay) {}
 
   static __device__ __forceinline__ void sync() {
     if constexpr (T::kBlock)
@@ -101,7 +102,7 @@ struct RowTiles {
     };
     Run<Sample> from = run(team_.row.x, scan_.x), to = run(team_.row.y, scan_.y), from_own;
     bool whole = left >= T::kTileChunks;
-    auto raw = moves.fetch(from, whole);
+    auto raw = moves.fetch(from, T::kAhead && whole);
     if constexpr (T::kGradient) {
       from_own = run(team_.row.forward_x, scan_.forward_x);
       reference_ = last_reference_ = static_cast<Acc>(team_.walk.sums.reference);
@@ -115,9 +116,10 @@ struct RowTiles {
       const int chunks = is_whole ? T::kTileChunks : static_cast<int>(left > 0 ? left : 0);
       const int now = chunks - warp_begin();
       mine = chunks - begin();  // or more, if others follow
+      if constexpr (!T::kAhead) raw = moves.fetch(from, is_whole);
       moves.spread(from, is_whole, now, raw);
       if constexpr (T::kGradient) raw = moves.fetch(from_own, is_whole);
-      if (T::kGradient && !is_whole) clear<T>(moves, mine > 0 ? mine : 0, 0);
+      if (!is_whole) clear<T>(moves, mine > 0 ? mine : 0, 0);
 #pragma unroll
       for (int c = 0; c < T::kChunks; ++c) moves.get(c, s + c * T::kSamples);
 
@@ -126,23 +128,23 @@ struct RowTiles {
       if constexpr (T::kGradient) {
         moves.spread(from_own, is_whole, now, raw);
         moves.advance(from_own);
-        last_reference_ = is_whole ? moves.last_of(T::kChunks - 1)
-                                   : end_chunks<T>(moves, mine, last_reference_);
+        last_reference_ =
+            is_whole ? moves.last_of(T::kChunks - 1) : end_chunks<T>(moves, mine, last_reference_);
       }
       left -= T::kTileChunks;
       whole = left >= T::kTileChunks;
       moves.advance(from);
-      raw = moves.fetch(from, whole);
+      if constexpr (T::kAhead) raw = moves.fetch(from, whole);
 
       const FromZero zero = scan(ends);
-      add_state(thread_.join(zero.before.state, state.value), k, s);
+      add_state(powers_.of_tile().join(zero.before.state, state.value), k, s);
       if (copies) s[0] = copied;
       copies = false;
       added = 0;
       in = k.in;
       if constexpr (T::kGradient) {
         const double samples = thread() % T::kTeam * T::kItems;
-        kappa_before = thread_.join(zero.before.kappa, fma(samples, state.value, kappa));
+        kappa_before = powers_.of_tile().join(zero.before.kappa, fma(samples, state.value, kappa));
         kappa = k.tile.join(zero.tile.kappa, fma(double{T::kTile}, state.value, kappa));
         const Stretch<T> stretch(moves, s, last_reference_, k);
         const double share = stretch.gradient(kappa_before, reference_before());
@@ -156,7 +158,8 @@ struct RowTiles {
     }
     if constexpr (T::kGradient && !T::kBlock) gradient = sum_over_lanes<T::kLanes>(gradient);
     if constexpr (T::kGradient && T::kBlock) gradient = sum_over_block(gradient, shared_.sums);
-    if (chunks_ == 0 || mine <= 0 || mine > T::kChunks) return turn_;  // others have the row's last chunk
+    if (chunks_ == 0 || mine <= 0 || mine > T::kChunks)
+      return turn_;  // others have the row's last chunk
     team_.walk.state = last_of<T>(s, mine);
     if constexpr (T::kGradient)
       team_.walk.sums = {last_reference_, team_.walk.sums.share + gradient,
@@ -170,7 +173,7 @@ struct RowTiles {
       turn_ ^= 1;
       if (T::kGradient && thread() % kWarp == kWarp - 1)
         shared_.references[turn_][thread() / kWarp] = last_reference_;
-      return scan_block(ends, lane_, team_.powers, shared_.ends[turn_]);
+      return scan_block(ends, powers_.of_warp(), team_.powers, shared_.ends[turn_]);
     } else {
       return scan_lanes(ends, team_.powers);
     }
@@ -196,8 +199,7 @@ struct RowTiles {
   TeamRow<T>& team_;
   const int64_t chunks_;
   int turn_;
-  // From the first sample of the warp, and of the tile, to the thread's.
-  const Power<Acc> lane_, thread_;
+  ThreadPowers<T> powers_;
   // Of alpha's gradient: the last sample before the tile, and of this thread's latest.
   Acc reference_, last_reference_;
 };

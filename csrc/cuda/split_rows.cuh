@@ -26,7 +26,8 @@ struct TileSums {
 template <class T>
 struct SplitRows {
   static constexpr int kThreads = kBlockThreads;
-  static constexpr int kMinBlocks = T::kAligned ? kBlocksPerMultiprocessor : 1;
+  // With the gradient more is live than 128 registers hold.
+  static constexpr int kMinBlocks = T::kAligned && !T::kGradient ? kBlocksPerMultiprocessor : 1;
   static constexpr bool kGradient = T::kGradient;
   static constexpr int kMessages = kGradient ? 2 : 1;  // of a tile: state and kappa
   static constexpr int kGroup = 16, kBatch = kGroup * kGroup;
@@ -64,9 +65,11 @@ struct SplitRows {
   struct Shared {
     WarpStage<T> stage[kBlockWarps];
     Uninitialized<Team> team;
+    typename ThreadPowers<T>::Room powers;
     Ends<double> ends[2][kBlockWarps];
     Acc references[2][kBlockWarps];  // of each warp's last stretch
     int64_t tickets[2];
+    Uninitialized<decltype(Team::walk)> walk;  // of the thread that ends the row
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
@@ -107,8 +110,7 @@ struct SplitRows {
         team_(shared.team.value()),
         index_(index),
         turn_(turn),
-        lane_(TilePowers<T>::over_threads(thread() % kWarp, team_.row.decay)),
-        thread_(TilePowers<T>::over_threads(thread(), team_.row.decay)) {}
+        powers_(shared.powers, team_.row.decay) {}
 
   static __device__ __forceinline__ void copy(const Uninitialized<Team>& from,
                                               Uninitialized<Team>& to) {
@@ -145,7 +147,7 @@ struct SplitRows {
     // A tile that is not whole has so many chunks, and is the last of the row.
     const int rest = static_cast<int>(team_.parts.chunks % T::kTileChunks);
     const int64_t whole_tiles = count - (rest > 0 ? 1 : 0);
-    auto raw = moves.fetch(moves.at(from, tile), tile < whole_tiles);
+    auto raw = moves.fetch(moves.at(from, tile), T::kAhead && tile < whole_tiles);
     int mine = 0;
     bool last = false;
     double kappa = 0;
@@ -158,9 +160,10 @@ struct SplitRows {
       const int now = chunks - thread() / kWarp * T::kWarpChunks;
       mine = chunks - thread() * T::kChunks;
       if (thread() == 0) shared_.tickets[turn_ ^ 1] = next_ticket(arguments_);
+      if constexpr (!T::kAhead) raw = moves.fetch(moves.at(from, tile), whole);
       moves.spread(moves.at(from, tile), whole, now, raw);
       if constexpr (kGradient) raw = moves.fetch(moves.at(from_own, tile), whole);
-      if (kGradient && !whole) clear<T>(moves, mine > 0 ? mine : 0, 0);
+      if (!whole) clear<T>(moves, mine > 0 ? mine : 0, 0);
 #pragma unroll
       for (int c = 0; c < T::kChunks; ++c) moves.get(c, s + c * T::kSamples);
 
@@ -176,20 +179,20 @@ struct SplitRows {
       turn_ ^= 1;
       if (kGradient && thread() % kWarp == kWarp - 1)
         shared_.references[turn_][thread() / kWarp] = reference_;
-      const FromZero zero = scan_block(ends, lane_, k, shared_.ends[turn_]);
+      const FromZero zero = scan_block(ends, powers_.of_warp(), k, shared_.ends[turn_]);
       ticket = shared_.tickets[turn_];
       const int64_t next = ticket - begin;
-      raw = moves.fetch(moves.at(from, next), next < whole_tiles);
+      if constexpr (T::kAhead) raw = moves.fetch(moves.at(from, next), next < whole_tiles);
 
       const Ends<double> before = fold(begin, tile, zero.tile, last);
-      add_state(thread_.join(zero.before.state, before.state), k, s);
+      add_state(powers_.of_tile().join(zero.before.state, before.state), k, s);
       if (copies) s[0] = copied;
       copies = false;
       added = 0;
       in = k.in;
       if constexpr (kGradient) {
         const double samples = thread() * T::kItems;
-        kappa = thread_.join(zero.before.kappa, fma(samples, before.state, before.kappa));
+        kappa = powers_.of_tile().join(zero.before.kappa, fma(samples, before.state, before.kappa));
         const Stretch<T> stretch(moves, s, reference_, k);
         add_up(arguments_.sums[begin + tile], stretch, kappa, mine, before.kappa);
       }
@@ -203,8 +206,8 @@ struct SplitRows {
   }
 
   // What lies before the tile, from what was sent; sends what the tile ends at.
-  __device__ __forceinline__ Ends<double> fold(int64_t begin, int64_t tile,
-                                               const Ends<double>& own, bool last) {
+  __device__ __forceinline__ Ends<double> fold(int64_t begin, int64_t tile, const Ends<double>& own,
+                                               bool last) {
     Message* const mine = arguments_.messages + (begin + tile) * kMessages;
     const int i = static_cast<int>(tile) & (kGroup - 1);
     const int g = static_cast<int>(tile) / kGroup & (kGroup - 1);
@@ -230,8 +233,12 @@ struct SplitRows {
 #pragma unroll
     for (int by = kGroup / 2; by > 0; by /= 2) ends = sum_across(ends, by);
     const Ends<double> before = sum_across(ends, kGroup);
-    if (thread() == kGroup && ends_group && !last)  // it has the sum of the group's tiles
-      send_ends(mine, joined<T>(own, g == kGroup - 1 ? before : ends, T::kTile, team_.powers.tile));
+    if (thread() == kGroup && ends_group && !last) {  // it has the sum of the group's tiles
+      const bool ends_batch = g == kGroup - 1;
+      const Ends<double> past = {ends_batch ? before.state : ends.state,
+                                 ends_batch ? before.kappa : ends.kappa};
+      send_ends(mine, joined<T>(own, past, T::kTile, team_.powers.tile));
+    }
     return before;
   }
 
@@ -252,8 +259,7 @@ struct SplitRows {
                                          int mine, double kappa_before_tile) {
     const int warp = thread() / kWarp;
     Acc other = __shfl_up_sync(kAllLanes, reference_, 1);
-    if (thread() % kWarp == 0)
-      other = warp == 0 ? reference_ : shared_.references[turn_][warp - 1];
+    if (thread() % kWarp == 0) other = warp == 0 ? reference_ : shared_.references[turn_][warp - 1];
     const double share = stretch.gradient(kappa, other);
     const double sum = sum_over_lanes<kWarp>(mine > 0 ? share : 0);
     if (thread() % kWarp == 0) sums.warps[warp] = sum;
@@ -264,7 +270,8 @@ struct SplitRows {
 
   // By the thread that has the row's last chunk.
   __device__ __forceinline__ void end_row(const Acc* s, int mine, double kappa) {
-    auto walk = team_.walk;
+    auto& walk = shared_.walk.value();
+    walk = team_.walk;
     walk.state = last_of<T>(s, mine);
     if constexpr (kGradient)
       walk.sums = {reference_, 0, kappa_after<T>(s, mine, kappa, team_.row.decay), 0, 1};
@@ -277,8 +284,7 @@ struct SplitRows {
   const Team& team_;
   const int64_t index_;
   int turn_;
-  // From the first sample of the warp, and of the tile, to the thread's.
-  const Power<Acc> lane_, thread_;
+  ThreadPowers<T> powers_;
   Acc reference_ = 0;  // this thread's latest last sample
 };
 

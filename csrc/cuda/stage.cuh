@@ -61,8 +61,8 @@ class Stage {
 
   // That of the tile so many after.
   static __device__ __forceinline__ Run<Sample> at(const Run<Sample>& run, int64_t tile) {
-    return {run.first + tile * (T::kAligned ? (kBackward ? -T::kTile : T::kTile)
-                                            : run.stride * T::kTile),
+    return {run.first +
+                tile * (T::kAligned ? (kBackward ? -T::kTile : T::kTile) : run.stride * T::kTile),
             run.stride};
   }
 
@@ -135,7 +135,8 @@ class Stage {
                                        const Move& move_one) const {
     if constexpr (T::kAligned) {
 #pragma unroll 1
-      for (int j = 0; j < T::kChunks && j * T::kLanes + member() < chunks; ++j) move_one(*striped(j), *chunk(run, j));
+      for (int j = 0; j < T::kChunks && j * T::kLanes + member() < chunks; ++j)
+        move_one(*striped(j), *chunk(run, j));
     } else {
 #pragma unroll 1
       for (int n = member(); n < T::kItems * T::kLanes && n < chunks * T::kSamples; n += T::kLanes)

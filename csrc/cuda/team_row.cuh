@@ -48,7 +48,8 @@ struct TeamRow {
     if (walks_head) walk.over(row, scan, 0, parts.head);
   }
 
-  // From where the chunks end, and of what lies before the walk, to the row's end; hands on the state.
+  // From where the chunks end, and of what lies before the walk, to the row's end; hands on the
+  // state.
   template <class Walk>
   __device__ void finish(const Scan& scan, Walk& walk) const {
     walk.over(row, scan, parts.head + parts.chunks * T::kSamples, scan.length);

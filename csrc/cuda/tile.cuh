@@ -45,8 +45,7 @@ __device__ __forceinline__ Ends<double> joined(const Ends<double>& later, const 
                                                double samples, const Join& join) {
   Ends<double> ends;
   ends.state = join(later.state, past.state);
-  if constexpr (T::kGradient)
-    ends.kappa = join(later.kappa, fma(samples, past.state, past.kappa));
+  if constexpr (T::kGradient) ends.kappa = join(later.kappa, fma(samples, past.state, past.kappa));
   return ends;
 }
 template <class T>
@@ -103,9 +102,9 @@ struct TilePowers {
   };
 
   Acc in;
-  Acc alpha;                  // of an average
-  Acc powers[T::kGroup + 1];  // c^i
-  double groups[kOwnPowers ? T::kGroups : 1];  // c^(kGroup i)
+  Acc alpha;                                                        // of an average
+  Acc powers[T::kGroup + 1];                                        // c^i
+  double groups[kOwnPowers ? T::kGroups : 1];                       // c^(kGroup i)
   LanePowers<Acc, T::kLanes, T::kSteps, T::kLanes == kWarp> lanes;  // small where teams are many
   std::conditional_t<T::kBlock, Warps, None> warps;
   Power<Acc> tile;  // over a tile
@@ -135,6 +134,34 @@ struct TilePowers {
   }
 };
 
+// The powers from the first sample of the warp, and of the tile, to a thread's. Where registers are
+// short each thread keeps its own in shared memory.
+template <class T>
+class ThreadPowers {
+ public:
+  using Acc = typename T::Acc;
+  static constexpr bool kShared = T::kBlock && T::kGradient;
+  struct Room {
+    Power<Acc> lanes[kShared ? kBlockThreads : 1], threads[kShared ? kBlockThreads : 1];
+  };
+
+  __device__ __forceinline__ ThreadPowers(Room& room, const Decay<Acc>& decay) : room_(room) {
+    own(room_.lanes, lane_) = TilePowers<T>::over_threads(thread() % T::kLanes, decay);
+    own(room_.threads, thread_) = TilePowers<T>::over_threads(thread() % T::kTeam, decay);
+  }
+  __device__ __forceinline__ const Power<Acc>& of_warp() { return own(room_.lanes, lane_); }
+  __device__ __forceinline__ const Power<Acc>& of_tile() { return own(room_.threads, thread_); }
+
+ private:
+  static __device__ __forceinline__ Power<Acc>& own(Power<Acc>* shared, Power<Acc>& register_) {
+    if constexpr (kShared) return shared[thread()];
+    return register_;
+  }
+
+  Room& room_;
+  Power<Acc> lane_, thread_;
+};
+
 // q[i] in place of x[i]: each group scanned from zero. `first` is the first sample's drive, that of
 // others in * x[i]. Returns what the thread's samples end at.
 template <class T>
@@ -153,8 +180,8 @@ __device__ __forceinline__ Ends<double> scan_groups(typename T::Acc first, const
       const typename T::Acc past = fma(typename T::Acc{T::kGroup}, ends.state, ends.kappa);
       ends.kappa = g == 0 ? own : fma(k.powers[T::kGroup], past, own);
     }
-    ends.state = g == 0 ? q[T::kGroup - 1]
-                        : fma(k.powers[T::kGroup], ends.state, q[g + T::kGroup - 1]);
+    ends.state =
+        g == 0 ? q[T::kGroup - 1] : fma(k.powers[T::kGroup], ends.state, q[g + T::kGroup - 1]);
   }
   return {static_cast<double>(ends.state), static_cast<double>(ends.kappa)};
 }
@@ -172,8 +199,8 @@ __device__ __forceinline__ void add_state(double state, const TilePowers<T>& k,
   for (int g = 0; g < T::kItems; g += T::kGroup) {
     if constexpr (TilePowers<T>::kOwnPowers) {
       if (g > 0) before = static_cast<Acc>(fma(k.groups[g / T::kGroup], state, double{from_zero}));
-      from_zero = g == 0 ? q[T::kGroup - 1]
-                         : fma(k.powers[T::kGroup], from_zero, q[g + T::kGroup - 1]);
+      from_zero =
+          g == 0 ? q[T::kGroup - 1] : fma(k.powers[T::kGroup], from_zero, q[g + T::kGroup - 1]);
     }
 #pragma unroll
     for (int i = 0; i < T::kGroup; ++i) q[g + i] = fma(k.powers[i + 1], before, q[g + i]);
@@ -209,9 +236,8 @@ __device__ __forceinline__ Ends<double> scan_shuffled(
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     const double power = k.product(i, lane);
-    ends = joined<T>(
-        ends, shuffle_up<T>(ends, 1 << i, kWidth), samples * (1 << i),
-        [&](double aggregate, double state) { return fma(power, state, aggregate); });
+    ends = joined<T>(ends, shuffle_up<T>(ends, 1 << i, kWidth), samples * (1 << i),
+                     [&](double aggregate, double state) { return fma(power, state, aggregate); });
   }
   total = shuffle<T>(ends, kWidth - 1, kWidth);
   bool again = !finite(total.state);
@@ -250,8 +276,7 @@ __device__ __forceinline__ FromZero scan_block(const Ends<double>& own,
   const Ends<double> ends =
       scan_shuffled<T>(warps[thread() % kBlockWarps], k.warps, kWarpSamples, zero.tile);
   const Ends<double> before = shuffle<T>(ends, warp - 1, kBlockWarps);
-  if (warp > 0)
-    zero.before = joined<T>(zero.before, before, thread() % kWarp * T::kItems, lane);
+  if (warp > 0) zero.before = joined<T>(zero.before, before, thread() % kWarp * T::kItems, lane);
   return zero;
 }
 

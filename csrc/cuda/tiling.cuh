@@ -27,6 +27,9 @@ struct Tiling {
   static constexpr bool kBlock = kWarps > 1;
   static constexpr int kSteps = kLanes == 32 ? 5 : 3;  // of a shuffled scan over the lanes
   static_assert(kLanes == 1 << kSteps && (kWarps == 1 || kWarps == kBlockWarps));
+  // Whether a tile is fetched while the one before is scanned. Where a block scans two values of
+  // two tensors in float64 there are no registers for that.
+  static constexpr bool kAhead = !(kBlock && kGradient && sizeof(Acc) == 8);
   static constexpr int kWarpChunks = kLanes * kChunks;
   static constexpr int kTileChunks = kTeam * kChunks;
   static constexpr int kTile = kTeam * kItems;
