@@ -11,7 +11,8 @@ struct RowTiles {
   using Sample = typename T::Sample;
   using Acc = typename T::Acc;
   static constexpr int kThreads = kBlockThreads;
-  static constexpr int kMinBlocks = T::kAligned ? kBlocksPerMultiprocessor : 1;
+  static constexpr int kMinBlocks =
+      tile_blocks(sizeof(typename T::Sample), T::kTeam, T::kAligned, T::kGradient);
   static constexpr int kTeams = kThreads / T::kTeam;
 
   struct Arguments {

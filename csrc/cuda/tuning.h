@@ -22,6 +22,12 @@ static_assert(kBlockWarps == 1 << kBlockSteps);
 // Blocks per multiprocessor that the registers of a kernel must leave room for: 128 a thread.
 constexpr int kBlocksPerMultiprocessor = 2;
 
+// The same of rows by tiles: one where samples are moved one by one, and where the gradient of
+// float32, over a warp or more, takes a few registers above 128 on 12.0.
+constexpr int tile_blocks(int64_t sample_bytes, int team, bool aligned, bool gradient) {
+  return !aligned || (gradient && sample_bytes == 4 && team > 8) ? 1 : kBlocksPerMultiprocessor;
+}
+
 // Rows up to this many tiles of 8 threads are scanned by 8 threads, four rows a warp: a warp would
 // be half empty.
 constexpr int64_t kShortTiles = 2;
@@ -68,10 +74,11 @@ constexpr int varying_items(int64_t sample_bytes, bool aligned) {
   return aligned && sample_bytes < 8 ? 16 : 8;
 }
 
-// Blocks per multiprocessor, which leave 128 registers a thread, or 255 where sixteen samples need
-// them: for the four tensors of an adjoint, or beside a look-back.
-constexpr int varying_blocks(int items, bool adjoint, bool split) {
-  return items > 8 && (adjoint || split) ? 1 : 2;
+// Blocks per multiprocessor, which leave 128 registers a thread, or 255 where they are needed: by
+// sixteen samples of the four tensors of an adjoint, or beside a look-back; and by the addresses of
+// an adjoint whose rows are moved sample by sample.
+constexpr int varying_blocks(int items, bool adjoint, bool split, bool scattered) {
+  return (items > 8 && (adjoint || split)) || (scattered && adjoint) ? 1 : 2;
 }
 
 // Terms of a broadcast sum that a warp adds up, 128 to each lane: what it leaves behind is a

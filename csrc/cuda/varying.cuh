@@ -74,7 +74,8 @@ struct TileMessage {
 template <class Storage, class Moves, bool kAdjoint, bool kSplit>
 struct Varying {
   static constexpr int kThreads = kBlockThreads;
-  static constexpr int kMinBlocks = varying_blocks(Moves::kItems, kAdjoint, kSplit);
+  static constexpr int kMinBlocks =
+      varying_blocks(Moves::kItems, kAdjoint, kSplit, Moves::kScattered);
   static constexpr int kItems = Moves::kItems;
   static constexpr int kRanks = Moves::kTeam;  // threads that share a row
   static constexpr int kTile = kRanks * kItems;

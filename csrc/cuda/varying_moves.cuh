@@ -67,6 +67,7 @@ template <class Storage, int kThreads, int kOwn>
 class AlignedRows {
  public:
   static constexpr int kTeam = kThreads, kRows = 1, kItems = kOwn;
+  static constexpr bool kScattered = false;
   static constexpr int kLanes = kTeam < kWarp ? kTeam : kWarp;
   static constexpr int kC = Chunk<Storage>::kSamples, kUnit = kC;
   static constexpr int kChunks = kItems / kC;
@@ -199,6 +200,7 @@ template <class Storage, int kThreads, int kOwn>
 class AnyRows {
  public:
   static constexpr int kTeam = kThreads, kRows = 1, kItems = kOwn, kUnit = 1;
+  static constexpr bool kScattered = true;  // each row's samples are moved one by one
   static constexpr int kLanes = kTeam < kWarp ? kTeam : kWarp;
   using Scan = MapScan<kLanes, kTeam / kLanes, kRows>;
   struct Raw {
@@ -292,6 +294,7 @@ template <class Storage, int kOwn>
 class Columns {
  public:
   static constexpr int kTeam = kBlockWarps, kRows = kWarp, kItems = kOwn, kUnit = 1;
+  static constexpr bool kScattered = false;
   using Scan = MapScan<1, kBlockWarps, kRows>;
   struct Raw {
     double samples[kItems];
