@@ -227,14 +227,15 @@ def sites() -> list[tuple[str, int]]:
 def test_no_barrier_can_be_left_out(loaded: ex.Executor, site: tuple[str, int]) -> None:
     """Catches checks too weak for these kernels: each barrier, fence and ticket is missed."""
     loaded.plant(*site)
-    noticed = "race: |uninitialised: |livelock: |never written"
+    noticed = "race: |uninitialised: |livelock: |timeout: |never written"
     with pytest.raises(RuntimeError, match=noticed):  # noqa: PT012 - by the first that meets it
         for schedule, seed, resident in (("random", 2, 2), ("random", 1, 3), ("reversed", 0, 2)):
-            loaded.set(schedule, seed, resident)
+            loaded.set(schedule, seed, resident, seconds=20)
             for work in WORK.values():
                 for shape in SHAPES:
                     work(*samples(shape, torch.float32))
             backward(signal(1, 70_000), 1)  # tiles whose sums several warps join
+            forward(signal(7, 20_000), 1)  # blocks that go from row to row
 
 
 #: Values against the oracle: forward and backward, dtypes, layouts, every edge of a tile, states,

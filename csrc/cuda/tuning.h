@@ -22,10 +22,11 @@ static_assert(kBlockWarps == 1 << kBlockSteps);
 // Blocks per multiprocessor that the registers of a kernel must leave room for: 128 a thread.
 constexpr int kBlocksPerMultiprocessor = 2;
 
-// The same of rows by tiles: one where samples are moved one by one, and where the gradient of
-// float32, over a warp or more, takes a few registers above 128 on 12.0.
+// The same of rows by tiles: one where samples are moved one by one, and where the gradient takes
+// more than 128: in float64, and on 12.0 over a warp or more in float32.
 constexpr int tile_blocks(int64_t sample_bytes, int team, bool aligned, bool gradient) {
-  return !aligned || (gradient && sample_bytes == 4 && team > 8) ? 1 : kBlocksPerMultiprocessor;
+  const bool many = sample_bytes == 8 || (sample_bytes == 4 && team > 8);
+  return !aligned || (gradient && many) ? 1 : kBlocksPerMultiprocessor;
 }
 
 // Rows up to this many tiles of 8 threads are scanned by 8 threads, four rows a warp: a warp would
