@@ -46,7 +46,7 @@ TESTS = (
         "-m pytest -q -x -p no:cacheprovider tests/test_hostile.py tests/test_errors.py"
         " tests/test_state.py tests/test_nonfinite.py tests/test_range.py tests/test_long_rows.py"
         " tests/test_determinism.py tests/test_ema.py tests/test_strides.py tests/test_memory.py"
-        " tests/test_info.py",
+        " tests/test_info.py tests/test_short_rows.py",
     ),
     (400, "-m pytest -q -x -p no:cacheprovider tests/test_accuracy.py tests/test_gradients.py"),
 )
