@@ -22,29 +22,13 @@ class LaneStage {
   // `count` steps from `from` on.
   template <int kWidth>
   void gather(const Sample* from, int64_t count, Acc* to) const {
-    if (row_stride_ == 1)
-      for (int64_t t = 0; t < count; ++t)
-        Storage::unpack(from + t * time_stride_, rows_, to + t * kWidth);
-    else if (time_stride_ == 1)
-      by_parts<1, kWidth>(count, From{from}, to);
-    else if (time_stride_ == -1)
-      by_parts<-1, kWidth>(count, From{from}, to);
-    else
-      by_samples<kWidth>(0, 0, count, From{from}, to);
+    move<kWidth>(From{from}, count, to);
   }
 
   // The inverse.
   template <int kWidth>
   void scatter(Acc* from, int64_t count, Sample* to) const {
-    if (row_stride_ == 1)
-      for (int64_t t = 0; t < count; ++t)
-        Storage::pack(from + t * kWidth, rows_, to + t * time_stride_);
-    else if (time_stride_ == 1)
-      by_parts<1, kWidth>(count, To{to}, from);
-    else if (time_stride_ == -1)
-      by_parts<-1, kWidth>(count, To{to}, from);
-    else
-      by_samples<kWidth>(0, 0, count, To{to}, from);
+    move<kWidth>(To{to}, count, from);
   }
 
  private:
@@ -59,6 +43,7 @@ class LaneStage {
     const Sample* samples;
     EMA_EXT_INLINE From operator+(int64_t by) const { return {samples + by}; }
     EMA_EXT_INLINE void sample(Acc* line) const { *line = Storage::get(*samples); }
+    void line(int rows, Acc* to) const { Storage::unpack(samples, rows, to); }
     template <int Direction, int kWidth>
     EMA_EXT_INLINE void block(int64_t row_stride, Acc* lines) const {
       V v[kE];
@@ -82,6 +67,7 @@ class LaneStage {
     Sample* samples;
     EMA_EXT_INLINE To operator+(int64_t by) const { return {samples + by}; }
     EMA_EXT_INLINE void sample(const Acc* line) const { *samples = Storage::put(*line); }
+    void line(int rows, const Acc* from) const { Storage::pack(from, rows, samples); }
     template <int Direction, int kWidth>
     EMA_EXT_INLINE void block(int64_t row_stride, const Acc* lines) const {
       V v[kE];
@@ -102,6 +88,18 @@ class LaneStage {
     }
     static EMA_EXT_INLINE void parts(V v, Sample* to, int64_t step) { parts<kN>(v, to, step); }
   };
+
+  template <int kWidth, class Way>
+  void move(Way way, int64_t count, Acc* lines) const {
+    if (row_stride_ == 1)
+      for (int64_t t = 0; t < count; ++t) (way + t * time_stride_).line(rows_, lines + t * kWidth);
+    else if (time_stride_ == 1)
+      by_parts<1, kWidth>(count, way, lines);
+    else if (time_stride_ == -1)
+      by_parts<-1, kWidth>(count, way, lines);
+    else
+      by_samples<kWidth>(0, 0, count, way, lines);
+  }
 
   // The order in time of a part's samples.
   template <int Direction>
