@@ -150,10 +150,11 @@ def _ema_ext(problem: Problem, x: Tensor) -> dict[str, Call]:
     learned = torch.as_tensor(alpha, dtype=torch.float64, device=device).requires_grad_()
     known = learned.detach()
     ops, axis = torch.ops.ema_ext, dim % x.dim()
-    passes = _torch(lambda x: ema_ext.ema(x, alpha, dim=dim), x)
-    passes[LEARN] = lambda: torch.autograd.grad(
-        ema_ext.ema(leaf, learned, dim=dim), [leaf, learned], g
-    )
+    passes: dict[str, Call] = {  # with no frame that torch.clone has not
+        FORWARD: lambda: ema_ext.ema(x, alpha, dim=dim),
+        BOTH: lambda: torch.autograd.grad(ema_ext.ema(leaf, alpha, dim=dim), leaf, g),
+        LEARN: lambda: torch.autograd.grad(ema_ext.ema(leaf, learned, dim=dim), [leaf, learned], g),
+    }
     if not problem.per_row:
         passes[BACK] = lambda: ops.ema_backward.default(g, None, alpha, False, axis, False)
         passes[BACK_LEARN] = lambda: ops.ema_backward.Tensor(g, None, x, known, None, axis, False)

@@ -52,9 +52,12 @@ void check_tensor(const char* name, const Tensor& tensor) {
                   tensor.numel(), " elements and no memory: its storage was freed");
 }
 
-void check_samples(const Tensor& x, int64_t dim) {
+int64_t check_samples(const Tensor& x, int64_t dim) {
   check_tensor("x", x);
-  STD_TORCH_CHECK(dim >= 0 && dim < x.dim(), "dim must lie in [0, ", x.dim(), "), and is ", dim);
+  const int64_t ndim = x.dim();
+  STD_TORCH_CHECK(-ndim <= dim && dim < ndim, "dim must lie in [", -ndim, ", ", ndim, "), and is ",
+                  dim);
+  return dim < 0 ? dim + ndim : dim;
 }
 
 void check_companion(const char* name, const Tensor& tensor, const Tensor& x) {

@@ -15,10 +15,11 @@ namespace ema_ext {
 
 using torch::stable::Tensor;
 
-// Throw unless a tensor is strided and of a supported dtype, and besides: for samples, 0 <= dim <
-// x.dim(); a companion is on x's device, if it is there at all; one like x has its dtype and shape.
+// Throw unless a tensor is strided and of a supported dtype, and besides: for samples, -x.dim() <=
+// dim < x.dim(), which is returned counted from the front; a companion is on x's device, if it is
+// there at all; one like x has its dtype and shape.
 void check_tensor(const char* name, const Tensor& tensor);
-void check_samples(const Tensor& x, int64_t dim);
+int64_t check_samples(const Tensor& x, int64_t dim);
 void check_companion(const char* name, const Tensor& tensor, const Tensor& x);
 void check_optional(const char* name, const std::optional<Tensor>& tensor, const Tensor& x);
 void check_like(const char* name, const Tensor& tensor, const Tensor& x);

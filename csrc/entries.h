@@ -53,15 +53,15 @@ struct Entries {
 
   static Two ema_backward(const Tensor& grad_y, const OptionalTensor& grad_state, double alpha,
                           bool has_initial_state, int64_t dim, bool reverse) {
-    check_samples(grad_y, dim);
+    dim = check_samples(grad_y, dim);
     check_optional("grad_state", grad_state, grad_y);
 
     const Guard guard(grad_y);
     Tensor grad_x = empty_output(grad_y);
     Tensor grad_initial_state = empty_state(grad_y, dim);
 
-    ProblemBuilder builder = adjoint(Op::kEmaBackward, grad_y, grad_state, grad_x,
-                                     grad_initial_state, has_initial_state, dim, reverse);
+    ProblemBuilder builder = adjoint(Op::kEmaBackward, grad_y, grad_x, dim, reverse);
+    add_states(builder, grad_state, grad_initial_state, has_initial_state);
     builder.problem.value = alpha;
 
     Backend::run(builder.finish());
@@ -69,10 +69,24 @@ struct Entries {
     return {grad_x, grad_initial_state};
   }
 
+  static Tensor ema_backward_samples(const Tensor& grad_y, double alpha, int64_t dim,
+                                     bool reverse) {
+    dim = check_samples(grad_y, dim);
+
+    const Guard guard(grad_y);
+    Tensor grad_x = empty_output(grad_y);
+
+    ProblemBuilder builder = adjoint(Op::kEmaBackward, grad_y, grad_x, dim, reverse);
+    builder.problem.value = alpha;
+
+    Backend::run(builder.finish());
+    return grad_x;
+  }
+
   static Three ema_backward_tensor(const Tensor& grad_y, const OptionalTensor& grad_state,
                                    const Tensor& x, const Tensor& alpha,
                                    const OptionalTensor& initial_state, int64_t dim, bool reverse) {
-    check_samples(grad_y, dim);
+    dim = check_samples(grad_y, dim);
     STD_TORCH_CHECK(!varies(alpha, grad_y, dim), "alpha must be constant in time");
     return backward(Op::kEmaBackward, grad_y, grad_state, {"alpha", &alpha, 0}, &x, nullptr,
                     initial_state, dim, reverse);
@@ -82,7 +96,7 @@ struct Entries {
                                     const Tensor& x, const Tensor& alpha, const Tensor& y,
                                     const OptionalTensor& initial_state, int64_t dim,
                                     bool reverse) {
-    check_samples(grad_y, dim);
+    dim = check_samples(grad_y, dim);
     STD_TORCH_CHECK(varies(alpha, grad_y, dim), "alpha must vary in time");
     return backward(Op::kEmaBackward, grad_y, grad_state, {"alpha", &alpha, 0}, &x, &y,
                     initial_state, dim, reverse);
@@ -105,7 +119,7 @@ struct Entries {
                                           const Tensor& a, const Tensor& y,
                                           const OptionalTensor& initial_state, int64_t dim,
                                           bool reverse) {
-    check_samples(grad_y, dim);
+    dim = check_samples(grad_y, dim);
     auto [grad_b, grad_a, grad_initial_state] =
         backward(Op::kLinearRecurrenceBackward, grad_y, grad_state, {"a", &a, 0}, nullptr, &y,
                  initial_state, dim, reverse);
@@ -138,7 +152,7 @@ struct Entries {
   static Tensor scan(Op op, const Tensor& x, const Coefficient& coefficient,
                      const OptionalTensor& initial_state, int64_t dim, bool reverse,
                      Tensor* state) {
-    check_samples(x, dim);
+    dim = check_samples(x, dim);
     if (coefficient.tensor != nullptr) check_companion(coefficient.name, *coefficient.tensor, x);
     check_optional("initial_state", initial_state, x);
     STD_TORCH_CHECK(
@@ -178,8 +192,8 @@ struct Entries {
     Tensor grad_initial_state = empty_state(grad_y, dim);
     Tensor terms = empty_terms(grad_y, alpha, dim);
 
-    ProblemBuilder builder = adjoint(op, grad_y, grad_state, grad_x, grad_initial_state,
-                                     initial_state.has_value(), dim, reverse);
+    ProblemBuilder builder = adjoint(op, grad_y, grad_x, dim, reverse);
+    add_states(builder, grad_state, grad_initial_state, initial_state.has_value());
     builder.coefficient(alpha, coefficient.name);
     builder.grad_coefficient(terms);
     if (x != nullptr) builder.samples(&Problem::forward_x, *x);
@@ -196,15 +210,18 @@ struct Entries {
   }
 
   // The problem of the adjoint: the scan of grad_y along the other direction of time.
-  static ProblemBuilder adjoint(Op op, const Tensor& grad_y, const OptionalTensor& grad_state,
-                                const Tensor& grad_x, const Tensor& grad_initial_state,
-                                bool has_initial_state, int64_t dim, bool reverse) {
+  static ProblemBuilder adjoint(Op op, const Tensor& grad_y, const Tensor& grad_x, int64_t dim,
+                                bool reverse) {
     ProblemBuilder builder(op, grad_y, dim, !reverse);
-    builder.problem.has_initial_state = has_initial_state;
     builder.samples(&Problem::y, grad_x);
+    return builder;
+  }
+
+  static void add_states(ProblemBuilder& builder, const OptionalTensor& grad_state,
+                         const Tensor& grad_initial_state, bool has_initial_state) {
+    builder.problem.has_initial_state = has_initial_state;
     builder.per_row(&Problem::state, grad_initial_state, "grad_initial_state");
     if (grad_state.has_value()) builder.per_row(&Problem::start, *grad_state, "grad_state");
-    return builder;
   }
 
   // What an empty row hands on: the state it was given, or 0.
@@ -238,6 +255,7 @@ void register_entries(Library& m) {
   m.impl("ema_with_state", TORCH_BOX(&E::ema_with_state));
   m.impl("ema_with_state.Tensor", TORCH_BOX(&E::ema_with_state_tensor));
   m.impl("ema_backward", TORCH_BOX(&E::ema_backward));
+  m.impl("ema_backward.Samples", TORCH_BOX(&E::ema_backward_samples));
   m.impl("ema_backward.Tensor", TORCH_BOX(&E::ema_backward_tensor));
   m.impl("ema_backward.Varying", TORCH_BOX(&E::ema_backward_varying));
   m.impl("linear_recurrence", TORCH_BOX(&E::linear_recurrence));

@@ -1,14 +1,17 @@
 // The schemas of the registered operators, and nothing else. The public functions in
 // ema_ext/functional.py document the arguments; csrc/cpu and csrc/cuda hold the implementations.
 //
-// `dim` counts from the front (0 <= dim < x.dim()). `reverse` in a backward is that of its forward.
+// -x.dim() <= dim < x.dim(). `reverse` in a backward is that of its forward.
 // A Tensor alpha or a broadcasts to the shape of x or b. The gradients to it come back in its own
 // shape. `y` in a backward is what the forward returned.
 
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ema_ext, m) {
-  m.def("ema(Tensor x, float alpha, Tensor? initial_state, int dim, bool reverse) -> Tensor");
+  // Defaults are what the usual call need not hand over, argument by argument, from Python.
+  m.def(
+      "ema(Tensor x, float alpha, Tensor? initial_state=None, int dim=-1, bool reverse=False)"
+      " -> Tensor");
   m.def(
       "ema.Tensor(Tensor x, Tensor alpha, Tensor? initial_state, int dim, bool reverse) -> Tensor");
   m.def(
@@ -20,6 +23,10 @@ STABLE_TORCH_LIBRARY(ema_ext, m) {
   m.def(
       "ema_backward(Tensor grad_y, Tensor? grad_state, float alpha, bool has_initial_state,"
       " int dim, bool reverse) -> (Tensor grad_x, Tensor grad_initial_state)");
+  // The same without states, neither the initial one nor the last.
+  m.def(
+      "ema_backward.Samples(Tensor grad_y, float alpha, int dim=-1, bool reverse=False)"
+      " -> Tensor grad_x");
   m.def(
       "ema_backward.Tensor(Tensor grad_y, Tensor? grad_state, Tensor x, Tensor alpha,"
       " Tensor? initial_state, int dim, bool reverse)"

@@ -1,8 +1,7 @@
 """The native operators under short names, what they return for tensors without data, and vmap.
 
 The operators are registered by the compiled library; csrc/ops.cpp holds their schemas and their
-contract. They expect checked arguments: a non-negative ``dim``, and an ``alpha`` and
-``initial_state`` that broadcast.
+contract. They expect checked arguments: an ``alpha`` and ``initial_state`` that broadcast.
 """
 
 # ruff: noqa: ARG001 - a fake takes all the arguments of its operator
@@ -37,6 +36,7 @@ ema_tensor: Op = _namespace.ema.Tensor
 ema_with_state: Op2 = _namespace.ema_with_state.default
 ema_with_state_tensor: Op2 = _namespace.ema_with_state.Tensor
 ema_backward: Op2 = _namespace.ema_backward.default
+ema_backward_samples: Op = _namespace.ema_backward.Samples
 ema_backward_tensor: Op3 = _namespace.ema_backward.Tensor
 ema_backward_varying: Op3 = _namespace.ema_backward.Varying
 linear_recurrence: Op = _namespace.linear_recurrence.default
@@ -44,13 +44,15 @@ linear_recurrence_with_state: Op2 = _namespace.linear_recurrence_with_state.defa
 linear_recurrence_backward: Op3 = _namespace.linear_recurrence_backward.default
 sum_to: Op = _namespace.sum_to.default
 
-#: ema without the Python frame in front of it, a tenth of a small call. torch.compile cannot trace
-#: this one.
+#: Without the Python frame in front of an operator, a tenth of a small call. torch.compile cannot
+#: trace these.
 ema_directly: Op = getattr(ema, "_op", ema)
+ema_backward_directly: Op = getattr(ema_backward_samples, "_op", ema_backward_samples)
 
 
 def _empty_state(x: Tensor, dim: int) -> Tensor:
-    shape = [*x.shape[:dim], *x.shape[dim + 1 :]]
+    shape = list(x.shape)
+    del shape[dim]
     return x.new_empty(shape, dtype=ACCUMULATE_DTYPE[x.dtype])
 
 
@@ -62,7 +64,11 @@ def _same_device(x: Tensor, *companions: float | Tensor | None) -> None:
 
 
 def _fake_ema(
-    x: Tensor, alpha: float | Tensor, initial_state: Tensor | None, dim: int, reverse: bool
+    x: Tensor,
+    alpha: float | Tensor,
+    initial_state: Tensor | None = None,
+    dim: int = -1,
+    reverse: bool = False,
 ) -> Tensor:
     _same_device(x, alpha, initial_state)
     return torch.empty_like(x)
@@ -85,6 +91,12 @@ def _fake_ema_backward(
 ) -> tuple[Tensor, Tensor]:
     _same_device(grad_y, grad_state)
     return torch.empty_like(grad_y), _empty_state(grad_y, dim)
+
+
+def _fake_ema_backward_samples(
+    grad_y: Tensor, alpha: float, dim: int = -1, reverse: bool = False
+) -> Tensor:
+    return torch.empty_like(grad_y)
 
 
 def _fake_ema_backward_tensor(
@@ -153,6 +165,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "ema_with_state": _fake_ema_with_state,
     "ema_with_state.Tensor": _fake_ema_with_state,
     "ema_backward": _fake_ema_backward,
+    "ema_backward.Samples": _fake_ema_backward_samples,
     "ema_backward.Tensor": _fake_ema_backward_tensor,
     "ema_backward.Varying": _fake_ema_backward_varying,
     "linear_recurrence": _fake_linear_recurrence,
@@ -173,6 +186,7 @@ ROLES = {
     "ema_with_state": ("x", "", "state", "dim", ""),
     "ema_with_state.Tensor": ("x", "alpha", "state", "dim", ""),
     "ema_backward": ("x", "state", "", "", "dim", ""),
+    "ema_backward.Samples": ("x", "", "dim", ""),
     "ema_backward.Tensor": ("x", "state", "x", "alpha", "state", "dim", ""),
     "ema_backward.Varying": ("x", "state", "x", "alpha", "x", "state", "dim", ""),
     "linear_recurrence": ("alpha", "x", "state", "dim", ""),
@@ -209,7 +223,7 @@ def _batching_rule(operator: str) -> Callable[..., Any]:
         batched = [
             _batched(value, at, info.batch_size, ranks[role])
             if isinstance(value, Tensor)
-            else (value + 1 if role == "dim" else value)
+            else (value + 1 if role == "dim" and value >= 0 else value)
             for value, at, role in zip(arguments, in_dims, roles, strict=True)
         ]
         results = op(*batched)

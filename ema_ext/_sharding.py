@@ -22,6 +22,7 @@ _RESULTS = {
     "ema_with_state": ("x", "state"),
     "ema_with_state.Tensor": ("x", "state"),
     "ema_backward": ("x", "state"),
+    "ema_backward.Samples": ("x",),
     "ema_backward.Tensor": ("x", "grad_alpha", "state"),
     "ema_backward.Varying": ("x", "grad_alpha", "state"),
     "linear_recurrence": ("x",),
@@ -90,7 +91,7 @@ def _placements(operator: str, *arguments: Any) -> list[tuple[list[Any], list[An
 
     roles = _ops.ROLES[operator]
     x = arguments[roles.index("x")]
-    time = arguments[roles.index("dim")] if "dim" in roles else x.ndim
+    time = arguments[roles.index("dim")] % x.ndim if "dim" in roles else x.ndim
     alpha: Any = arguments[roles.index("alpha")] if "alpha" in roles else None
 
     def shard(role: str, shape: Any, sharded: int) -> Any:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
-import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from ema_ext import _autograd, _checks, _ops, _sharding
-from ema_ext._autograd import float_ema, tensor_ema, traced
+from ema_ext._autograd import (
+    direct_ema,
+    ema_of_samples,
+    float_ema,
+    functorch_active,
+    tensor_ema,
+    traced,
+)
 
 
 @overload
@@ -115,22 +123,22 @@ def ema(
     if (
         type(x) is Tensor
         and type(alpha) is float
-        and type(dim) is int
-        and type(reverse) is bool
+        and 0.0 <= alpha <= 1.0
         and initial_state is None
         and not return_state
-        and x.dtype in _ops.ACCUMULATE_DTYPE
-        and 0.0 <= alpha <= 1.0
-        and -(ndim := x.dim()) <= dim < ndim
+        and type(dim) is int
+        and type(reverse) is bool
+        and not is_dynamo_compiling()
+        and forward_ad._current_level < 0
     ):
-        time = dim if dim >= 0 else dim + ndim
         try:
-            if traced() or (x.requires_grad and torch.is_grad_enabled()):
-                y: Tensor = float_ema(x, alpha, None, time, reverse, False)
+            if not (x.requires_grad and is_grad_enabled()):
+                return ema_of_samples(x, alpha, dim, reverse)
+            if not functorch_active():
+                y: Tensor = direct_ema(x, (alpha, dim, reverse))
                 return y
-            return _ops.ema_directly(x, alpha, None, time, reverse)
-        except NotImplementedError:
-            pass  # no kernel for this device or layout: _general names it
+        except RuntimeError:
+            pass  # of the operator, about a dtype, dim, device or layout: _general names it
     return _general(x, alpha, dim, initial_state, reverse, return_state)
 
 
@@ -158,7 +166,7 @@ def _general(
 
     arguments = [tensor for tensor in (x, alpha, state) if isinstance(tensor, Tensor)]
     required = any(tensor.requires_grad for tensor in arguments)
-    if traced() or (required and torch.is_grad_enabled()):
+    if traced() or (required and is_grad_enabled()):
         if state is not None:
             state = _checks.expand_state(state, x, dim)
         compute = float_ema if isinstance(alpha, float) else tensor_ema
@@ -268,7 +276,7 @@ def linear_recurrence(
     a, b, shape = _checks.recurrence(a, b)
     arguments = [t for t in (a, b, initial_state) if isinstance(t, Tensor)]
     required = any(tensor.requires_grad for tensor in arguments)
-    differentiable = traced() or (required and torch.is_grad_enabled())
+    differentiable = traced() or (required and is_grad_enabled())
     if b.shape != shape:
         b = _autograd.expand(b, b.dtype, *shape) if differentiable else b.expand(shape)
     dim = _checks.dimension(dim, b)

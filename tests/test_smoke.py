@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
     [
         ("ema", ["default", "Tensor"]),
         ("ema_with_state", ["default", "Tensor"]),
-        ("ema_backward", ["default", "Tensor", "Varying"]),
+        ("ema_backward", ["default", "Samples", "Tensor", "Varying"]),
         ("linear_recurrence", ["default"]),
         ("linear_recurrence_with_state", ["default"]),
         ("linear_recurrence_backward", ["default"]),

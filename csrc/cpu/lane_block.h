@@ -18,6 +18,22 @@ struct Lines {
   int64_t forward_stride;
 };
 
+// A row alone, which all lanes walk alike: nothing has to be brought side by side.
+template <class Storage>
+struct Alone {
+  using Sample = typename Storage::Sample;
+  using Acc = typename Storage::Acc;
+
+  template <int N>
+  static EMA_EXT_INLINE Vector<Acc, N> get_vector(const Sample* from) {
+    return Storage::get(*from) - Vector<Acc, N>{};  // minus: of -0 as well
+  }
+  template <int N>
+  static EMA_EXT_INLINE void put_vector(Vector<Acc, N> values, Sample* to) {
+    *to = Storage::put(values[0]);
+  }
+};
+
 // A block of up to M vectors of rows, M recurrences in flight. It walks along time in steps of up
 // to kLaneSteps samples: walk(0, n), walk(n, m), ..., then finish().
 template <class Storage, int M>
@@ -53,6 +69,8 @@ class LaneBlock {
   void walk(int64_t begin, int64_t end) {
     if (rows_ == kRows && rows_touch(problem_, problem_.ndim - 1))
       walk_touching(begin, end);
+    else if (M == 1 && rows_ == 1)
+      run<Alone<Storage>, false>(lines<Alone<Storage>>(begin), begin, end);
     else
       walk_staged(begin, end);
     if (begin == 0 && copies_first_) copy_first();
@@ -111,19 +129,24 @@ class LaneBlock {
     for (int i = 0; i < rows_; ++i) write(operand, offset + i * row_stride(operand), values[i]);
   }
 
+  // From sample `begin` on, where they lie.
+  template <class Memory>
+  Lines<Memory> lines(int64_t begin) const {
+    return {x_ + begin * problem_.x.time_stride,
+            problem_.x.time_stride,
+            y_ + begin * problem_.y.time_stride,
+            problem_.y.time_stride,
+            forward_x_ + begin * problem_.forward_x.time_stride,
+            problem_.forward_x.time_stride};
+  }
+
   void walk_touching(int64_t begin, int64_t end) {
-    const Lines<Storage> lines{x_ + begin * problem_.x.time_stride,
-                               problem_.x.time_stride,
-                               y_ + begin * problem_.y.time_stride,
-                               problem_.y.time_stride,
-                               forward_x_ + begin * problem_.forward_x.time_stride,
-                               problem_.forward_x.time_stride};
     if constexpr (Storage::kDirect) {
       if (forward_x_ == nullptr && streams_stores(problem_) &&
           reinterpret_cast<uintptr_t>(y_) % sizeof(V) == 0 && problem_.y.time_stride % kN == 0)
-        return run<Storage, true>(lines, begin, end);
+        return run<Storage, true>(lines<Storage>(begin), begin, end);
     }
-    run<Storage, false>(lines, begin, end);
+    run<Storage, false>(lines<Storage>(begin), begin, end);
   }
 
   __attribute__((noinline)) void walk_staged(int64_t begin, int64_t end) {
