@@ -32,15 +32,17 @@ template <class T>
 struct TileCoefficients {
   static constexpr int kN = kLanes<T>;
   static constexpr int kTaps = kN < 4 ? kN : 4;
+  using V = Vector<T, kN>;
 
   Decay decay;
-  double ratio;                           // c
-  double tile_decay;                      // c^tile
-  double drop;                            // 1 - c^tile
-  T taps[kTaps];                          // in * c^j: the first window
-  T window[5];                            // c^kTaps, c^(2 kTaps), ...: from one window to the next
-  T hop, hop2;                            // c^lanes, c^(2 lanes)
-  T hops[kTileVectors];                   // c^(lanes v)
+  double ratio;       // c
+  double tile_decay;  // c^tile
+  double drop;        // 1 - c^tile
+  // Each in all lanes, as an operand in memory takes no instruction of its own.
+  V taps[kTaps];                          // in * c^j: the first window
+  V window[2];                            // c^kTaps, c^(2 kTaps): from one window to the next
+  V hop, hop2;                            // c^lanes, c^(2 lanes)
+  V hops[kTileVectors];                   // c^(lanes v)
   alignas(64) double lane_powers[2][kN];  // c^i by lane, with time towards higher and lower lanes
   bool steep;                             // c^tile falls below kSmallestPower
   // c^i over a tile, between zeros: read from an offset, it leaves out what lies outside the tile.
@@ -61,10 +63,10 @@ struct TileCoefficients {
         drop(decay.power_complement(kTile<T>)) {
     double power[kN + 1];
     fill_powers(decay, power);
-    for (int j = 0; j < kTaps; ++j) taps[j] = static_cast<T>(in * power[j]);
-    for (int i = 0, k = kTaps; k < kN; k *= 2, ++i) window[i] = static_cast<T>(power[k]);
+    for (int j = 0; j < kTaps; ++j) taps[j] = all(in * power[j]);
+    for (int i = 0, k = kTaps; k < kN; k *= 2, ++i) window[i] = all(power[k]);
     for (int i = 0; i < kN; ++i) lane_powers[0][i] = lane_powers[1][kN - 1 - i] = power[i];
-    for (int v = 0; v < kTileVectors; ++v) hops[v] = static_cast<T>(hop_power(decay, power[kN], v));
+    for (int v = 0; v < kTileVectors; ++v) hops[v] = all(hop_power(decay, power[kN], v));
     hop = hops[1];
     hop2 = hops[2];
     steep = tile_decay < kSmallestPower<T>;
@@ -79,6 +81,8 @@ struct TileCoefficients {
   }
 
  private:
+  static V all(double value) { return V{} + static_cast<T>(value); }
+
   void fill_sample_powers() {
     constexpr int kT = kTile<T>;
     for (int i = 0; i < kT; ++i) {
