@@ -8,6 +8,19 @@
 
 namespace ema_ext::cpu::EMA_EXT_LEVEL {
 
+// PairCoefficients where they serve, else nothing.
+template <class Storage, bool = Storage::kDirect>
+struct ForPairs {
+  PairCoefficients k;
+  ForPairs(const TileCoefficients<float>& tile, double in) : k(tile, in) {}
+  const PairCoefficients* get() const { return &k; }
+};
+template <class Storage>
+struct ForPairs<Storage, true> {
+  ForPairs(const TileCoefficients<typename Storage::Acc>&, double) {}
+  const PairCoefficients* get() const { return nullptr; }
+};
+
 // A row's constants.
 template <class Storage>
 struct RowScan {
@@ -21,6 +34,7 @@ struct RowScan {
   const Decay decay;
   const bool fits;
   const TileCoefficients<T> k;
+  const ForPairs<Storage> pairs;
   const double segment_decay, segment_drop;
 
   RowScan(const Problem& problem, double coefficient)
@@ -32,6 +46,7 @@ struct RowScan {
              (problem.op != Op::kEmaBackward || scaled_adjoint(coefficient))),
         k(decay, problem.op == Op::kLinearRecurrence ? 1 : coefficient,
           problem.grad_coefficient.data != nullptr),
+        pairs(k, problem.op == Op::kLinearRecurrence ? 1 : coefficient),
         segment_decay(segments(problem) > 1 ? decay.power(kSegmentSamples) : 0),
         segment_drop(segments(problem) > 1 ? decay.power_complement(kSegmentSamples) : 0) {}
 
@@ -52,7 +67,7 @@ struct RowScan {
     const int64_t begin = index * kSegmentSamples;
     const bool last = index + 1 == segments(problem);
     const int64_t n = last ? problem.length - begin : kSegmentSamples;
-    return Segment<Storage, kWrite>(problem, k, row, begin, carry).run(n);
+    return Segment<Storage, kWrite>(problem, k, pairs.get(), row, begin, carry).run(n);
   }
 
   // Makes streamed stores visible to other threads; once per call, not per row.

@@ -1,8 +1,8 @@
 // The scan of one segment of a row, from memory to memory.
 #pragma once
 
+#include "cpu/pairs.h"
 #include "cpu/row.h"
-#include "cpu/tiles.h"
 
 namespace ema_ext::cpu::EMA_EXT_LEVEL {
 
@@ -11,10 +11,11 @@ class Segment {
  public:
   using T = typename Storage::Acc;
 
-  // From sample `begin` of the row on.
-  Segment(const Problem& problem, const TileCoefficients<T>& k, const Row<Storage>& row,
-          int64_t begin, const Carry& carry)
+  // From sample `begin` of the row on. `pairs` are there where Storage::kByPairs.
+  Segment(const Problem& problem, const TileCoefficients<T>& k, const PairCoefficients* pairs,
+          const Row<Storage>& row, int64_t begin, const Carry& carry)
       : problem_(problem),
+        pairs_(pairs),
         row_(row),
         begin_(begin),
         scan_{k,
@@ -31,7 +32,7 @@ class Segment {
         return {last_, scan_.aggregate, alpha_};
       }
     }
-    x_stride == -1 ? by_chunks<-1>(n) : by_chunks<1>(n);
+    x_stride == -1 ? through_buffer<-1>(n) : through_buffer<1>(n);
     return {last_, scan_.aggregate, alpha_};
   }
 
@@ -80,12 +81,52 @@ class Segment {
     last_ = Direction > 0 ? samples[count - 1] : samples[0];
   }
 
-  // Samples of any stride and dtype, through a buffer in L1. Direction is that of time in the
-  // buffer: down for samples that lie in memory one below the other, else up.
+  // Samples of any stride and dtype. Direction is that of time in the buffer: down for samples that
+  // lie in memory one below the other, else up.
   template <int Direction>
-  void by_chunks(int64_t n) {
+  void through_buffer(int64_t n) {
+    int64_t done = 0;
+    if constexpr (!Storage::kDirect)
+      if (pairs_->fit && row_.forward_x == nullptr) done = by_pairs<Direction>(n);
+    by_chunks<Direction>(done, n);
+  }
+
+  // Whole tiles by pairs; returns how many samples of the first n these are.
+  template <int Direction>
+  int64_t by_pairs(int64_t n) {
+    const int64_t whole = n - n % kPairTile;
+    const int64_t x_stride = problem_.x.time_stride, y_stride = problem_.y.time_stride;
+    const bool direct = x_stride == Direction && (!kWrite || y_stride == Direction);
+    PairRun<Storage> pairs{*pairs_, scan_};
+    alignas(64) Sample buffer[kChunkSamples];
+    for (int64_t done = 0; done < whole; done += kChunkSamples) {
+      const int64_t count = whole - done < kChunkSamples ? whole - done : kChunkSamples;
+      const Sample* x = row_.x + (begin_ + done) * x_stride;
+      Sample* y = row_.y + (begin_ + done) * y_stride;
+      if (direct) {
+        const int64_t low = Direction > 0 ? 0 : 1 - count;  // the lowest address
+        pairs.template run<Direction, kWrite>(x + low, y + low, count);
+        continue;
+      }
+      for (int64_t i = 0; i < count; ++i)
+        buffer[Direction > 0 ? i : count - 1 - i] = x[i * x_stride];
+      pairs.template run<Direction, kWrite>(buffer, buffer, count);
+      for (int64_t i = 0; kWrite && i < count; ++i)
+        y[i * y_stride] = buffer[Direction > 0 ? i : count - 1 - i];
+    }
+    if (kWrite && whole > 0 && scan_.copies_first) {
+      *row_.y = *row_.x;
+      scan_.copies_first = false;
+    }
+    last_ = scan_.last;
+    return whole;
+  }
+
+  // Samples from `done` to n, through a buffer in L1.
+  template <int Direction>
+  void by_chunks(int64_t done, int64_t n) {
     alignas(64) T buffer[kChunkSamples];
-    for (int64_t done = 0; done < n; done += kChunkSamples) {
+    for (; done < n; done += kChunkSamples) {
       const int64_t count = n - done < kChunkSamples ? n - done : kChunkSamples;
       const int64_t padded = (count + kT - 1) / kT * kT;
       T* samples = Direction > 0 ? buffer : buffer + padded - count;
@@ -134,6 +175,7 @@ class Segment {
   }
 
   const Problem& problem_;
+  const PairCoefficients* const pairs_;
   const Row<Storage>& row_;
   const int64_t begin_;
   TileScan<T> scan_;

@@ -35,6 +35,13 @@ struct Native {
 using Float32 = Native<float>;
 using Float64 = Native<double>;
 
+// Neighbouring samples: those at the lower addresses and those at the upper.
+struct Pairs {
+  using Lanes = Vector<float, kLanes<float>>;
+  Lanes low, high;
+};
+using PairBits = Vector<uint32_t, kLanes<float>>;
+
 struct BFloat16 {
   using Sample = uint16_t;
   using Acc = float;
@@ -112,6 +119,21 @@ struct BFloat16 {
 #endif
     for (; i < n; ++i) to[i] = put(from[i]);
   }
+  // Between neighbouring samples as they lie in 32 bits and in float. What is no number may become
+  // one in unite.
+  static EMA_EXT_INLINE Pairs split(PairBits bits) {
+    return {(Pairs::Lanes)(bits << 16), (Pairs::Lanes)(bits & 0xffff0000u)};
+  }
+  static EMA_EXT_INLINE PairBits unite(Pairs pairs) {
+    const auto low = (PairBits)pairs.low, high = (PairBits)pairs.high;
+    const auto lower = (low + 0x7fffu + ((low >> 16) & 1u)) >> 16;
+    const auto upper = high + 0x7fffu + ((high >> 16) & 1u);
+#if EMA_EXT_VECTOR_BYTES == 32
+    return (PairBits)_mm256_blend_epi16((__m256i)lower, (__m256i)upper, 0xaa);
+#else
+    return lower | (upper & 0xffff0000u);
+#endif
+  }
 
  private:
 #if EMA_EXT_VECTOR_BYTES >= 32
@@ -179,6 +201,43 @@ struct Float16 {
       store(to + i, _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
     for (; i < n; ++i) to[i] = put(from[i]);
+  }
+  static EMA_EXT_INLINE Pairs split(PairBits bits) {
+#if EMA_EXT_VECTOR_BYTES == 64
+    const auto halves = (__m512i)bits;
+    return {(Pairs::Lanes)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(halves)),
+            (Pairs::Lanes)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(halves, 16)))};
+#elif EMA_EXT_VECTOR_BYTES == 32
+    const auto order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    const auto sorted = _mm256_permute4x64_epi64(_mm256_shuffle_epi8((__m256i)bits, order), 0xd8);
+    return {(Pairs::Lanes)_mm256_cvtph_ps(_mm256_castsi256_si128(sorted)),
+            (Pairs::Lanes)_mm256_cvtph_ps(_mm256_extracti128_si256(sorted, 1))};
+#else
+    Pairs pairs;
+    for (int i = 0; i < kLanes<float>; ++i) {
+      pairs.low[i] = get(static_cast<uint16_t>(bits[i]));
+      pairs.high[i] = get(static_cast<uint16_t>(bits[i] >> 16));
+    }
+    return pairs;
+#endif
+  }
+  static EMA_EXT_INLINE PairBits unite(Pairs pairs) {
+#if EMA_EXT_VECTOR_BYTES == 64
+    const auto low = _mm512_cvtps_ph((__m512)pairs.low, _MM_FROUND_TO_NEAREST_INT);
+    const auto high = _mm512_cvtps_ph((__m512)pairs.high, _MM_FROUND_TO_NEAREST_INT);
+    return (PairBits)_mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                                     _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+#elif EMA_EXT_VECTOR_BYTES == 32
+    const auto low = _mm256_cvtps_ph((__m256)pairs.low, _MM_FROUND_TO_NEAREST_INT);
+    const auto high = _mm256_cvtps_ph((__m256)pairs.high, _MM_FROUND_TO_NEAREST_INT);
+    return (PairBits)_mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high));
+#else
+    PairBits bits;
+    for (int i = 0; i < kLanes<float>; ++i)
+      bits[i] = put(pairs.low[i]) | static_cast<uint32_t>(put(pairs.high[i])) << 16;
+    return bits;
+#endif
   }
 };
 

@@ -57,20 +57,18 @@ struct TileCoefficients {
 
   // sample_powers are left out unless asked for: they take longer than the rest.
   TileCoefficients(const Decay& decay, double in, bool with_sample_powers)
-      : decay(decay),
-        ratio(decay.ratio),
-        tile_decay(decay.power(kTile<T>)),
-        drop(decay.power_complement(kTile<T>)) {
-    double power[kN + 1];
-    fill_powers(decay, power);
-    for (int j = 0; j < kTaps; ++j) taps[j] = all(in * power[j]);
-    for (int i = 0, k = kTaps; k < kN; k *= 2, ++i) window[i] = all(power[k]);
-    for (int i = 0; i < kN; ++i) lane_powers[0][i] = lane_powers[1][kN - 1 - i] = power[i];
-    for (int v = 0; v < kTileVectors; ++v) hops[v] = all(hop_power(decay, power[kN], v));
-    hop = hops[1];
-    hop2 = hops[2];
-    steep = tile_decay < kSmallestPower<T>;
+      : TileCoefficients(decay, in, decay.power(kTile<T>), decay.power_complement(kTile<T>)) {
     if (with_sample_powers) fill_sample_powers();
+  }
+
+  // Of every other sample, from the second on; the carry stays what comes to the first.
+  TileCoefficients of_pairs(double in) const {
+    TileCoefficients k({ratio * ratio, decay.complement * (1 + ratio)}, in, tile_decay * tile_decay,
+                       drop * (1 + tile_decay));
+    k.ratio = ratio;
+    for (auto& powers : k.lane_powers)
+      for (double& power : powers) power *= ratio;
+    return k;
   }
 
   // Where c^0 lies for time towards higher addresses (Direction 1); for -1, where c^(tile - 1)
@@ -81,6 +79,19 @@ struct TileCoefficients {
   }
 
  private:
+  TileCoefficients(const Decay& decay, double in, double tile_decay, double drop)
+      : decay(decay), ratio(decay.ratio), tile_decay(tile_decay), drop(drop) {
+    double power[kN + 1];
+    fill_powers(decay, power);
+    for (int j = 0; j < kTaps; ++j) taps[j] = all(in * power[j]);
+    for (int i = 0, k = kTaps; k < kN; k *= 2, ++i) window[i] = all(power[k]);
+    for (int i = 0; i < kN; ++i) lane_powers[0][i] = lane_powers[1][kN - 1 - i] = power[i];
+    for (int v = 0; v < kTileVectors; ++v) hops[v] = all(hop_power(decay, power[kN], v));
+    hop = hops[1];
+    hop2 = hops[2];
+    steep = tile_decay < kSmallestPower<T>;
+  }
+
   static V all(double value) { return V{} + static_cast<T>(value); }
 
   void fill_sample_powers() {
