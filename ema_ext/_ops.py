@@ -212,11 +212,11 @@ def _batched(value: Tensor, at: int | None, size: int, rank: int) -> Tensor:
 
 
 def _batching_rule(operator: str) -> Callable[..., Any]:
-    roles = ROLES[operator]
     name, _, overload = operator.partition(".")
     op = getattr(getattr(_namespace, name), overload or "default")
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        roles = ROLES[operator][: len(arguments)]  # the others keep their defaults
         x, at = arguments[roles.index("x")], in_dims[roles.index("x")]
         ranks = {"x": x.dim() - (at is not None)}
         ranks |= {"alpha": ranks["x"], "state": ranks["x"] - 1}

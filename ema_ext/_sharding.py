@@ -89,9 +89,11 @@ def _placements(operator: str, *arguments: Any) -> list[tuple[list[Any], list[An
     """(results, arguments) for one dimension of the mesh: replicated, or one of x's sharded."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    roles = _ops.ROLES[operator]
+    every = _ops.ROLES[operator]
+    roles = every[: len(arguments)]  # the others keep their defaults
     x = arguments[roles.index("x")]
-    time = arguments[roles.index("dim")] % x.ndim if "dim" in roles else x.ndim
+    dim = arguments[roles.index("dim")] if "dim" in roles else -1
+    time = dim % x.ndim if "dim" in every else x.ndim
     alpha: Any = arguments[roles.index("alpha")] if "alpha" in roles else None
 
     def shard(role: str, shape: Any, sharded: int) -> Any:

@@ -143,11 +143,18 @@ class Segment {
   // holds its alpha * lambda.
   template <int Direction>
   void add_alpha(const T* y, int64_t done, int64_t count) {
+    const AlphaScan<T, Direction> alpha{scan_.k};
+    const int64_t stride = problem_.forward_x.time_stride, padding = (kT - count % kT) % kT;
+    if constexpr (Storage::kDirect) {
+      if (stride == Direction) {
+        const Sample* x = row_.forward_x + (begin_ + done) * stride;
+        return alpha.prepend_chunk(y, Direction > 0 ? x : x - (count - 1) - padding, count, alpha_);
+      }
+    }
     alignas(64) T x[kChunkSamples];
-    T* samples = Direction > 0 ? x : x + (kT - count % kT) % kT;
-    unpack<Direction>(row_.forward_x, problem_.forward_x.time_stride, begin_ + done, count,
-                      samples);
-    AlphaScan<T, Direction>{scan_.k}.prepend_chunk(y, x, count, alpha_);
+    unpack<Direction>(row_.forward_x, stride, begin_ + done, count,
+                      Direction > 0 ? x : x + padding);
+    alpha.prepend_chunk(y, x, count, alpha_);
   }
 
   // `count` samples from `first` on, into the order of addresses that Direction stands for.

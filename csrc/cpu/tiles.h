@@ -81,9 +81,10 @@ struct AlphaScan {
 
   const TileCoefficients<T>& k;
 
-  // y holds alpha * lambda and x the forward's samples, `count` of them, padded to whole tiles at
-  // the end of the scan. x is overwritten. The chunk goes before `sums` in the forward's time.
-  void prepend_chunk(const T* y, T* x, int64_t count, AlphaSums& sums) const {
+  // y holds alpha * lambda and x the forward's samples, `count` of them, at most kChunkSamples; of
+  // y what is missing to whole tiles at the end of the scan is there and finite, of x it is not
+  // read. Lowest addresses. The chunk goes before `sums` in the forward's time.
+  void prepend_chunk(const T* y, const T* x, int64_t count, AlphaSums& sums) const {
     if (__builtin_expect(!k.steep, 1))
       prepend_tiles<false>(y, x, count, sums);
     else
@@ -92,16 +93,18 @@ struct AlphaScan {
 
  private:
   template <bool kSteep>
-  __attribute__((noinline)) void prepend_tiles(const T* y, T* x, int64_t count,
+  __attribute__((noinline)) void prepend_tiles(const T* y, const T* x, int64_t count,
                                                AlphaSums& sums) const {
     // All of x first, before any tile is read at other offsets: a load across two stores that are
     // still on their way waits for both.
     const int64_t tiles = (count + kT - 1) / kT;
+    alignas(64) T referred[kChunkSamples];
     T references[kChunkSamples / kT];
-    for (int64_t i = 0; i < tiles; ++i) references[i] = refer(x + i * kT, valid_in(i, count));
+    for (int64_t i = 0; i < tiles; ++i)
+      references[i] = refer(x + i * kT, referred + i * kT, valid_in(i, count));
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t i = Direction > 0 ? t : tiles - 1 - t;
-      sums.prepend(sum<kSteep>(y + i * kT, x + i * kT, references[i], valid_in(i, count)));
+      sums.prepend(sum<kSteep>(y + i * kT, referred + i * kT, references[i], valid_in(i, count)));
     }
   }
 
@@ -112,12 +115,16 @@ struct AlphaScan {
     return static_cast<int>(rest != 0 && i == last ? rest : kT);
   }
 
-  // Subtracts the first sample in the forward's time from all, and returns it; padding becomes 0.
-  static EMA_EXT_INLINE T refer(T* tile, int valid) {
-    T* samples = Direction > 0 ? tile : tile + kT - valid;
-    const T reference = Direction > 0 ? samples[valid - 1] : samples[0];
-    for (int i = 0; i < kT; ++i) tile[i] -= reference;
-    if (valid < kT) std::memset(Direction > 0 ? tile + valid : tile, 0, (kT - valid) * sizeof(T));
+  // The tile's samples less the first one in the forward's time, which is returned; padding is 0.
+  static EMA_EXT_INLINE T refer(const T* x, T* tile, int valid) {
+    const int first = Direction > 0 ? 0 : kT - valid;
+    const T reference = x[Direction > 0 ? valid - 1 : first];
+    if (__builtin_expect(valid == kT, 1)) {
+      for (int i = 0; i < kT; ++i) tile[i] = x[i] - reference;
+    } else {
+      std::memset(tile, 0, kT * sizeof(T));
+      for (int i = first; i < first + valid; ++i) tile[i] = x[i] - reference;
+    }
     return reference;
   }
 
