@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch._functorch import eager_transforms
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from ema_ext import _ops
 
@@ -59,7 +60,7 @@ def traced() -> bool:
 
     Raises RuntimeError where torch would give wrong derivatives without a word.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         if functorch_active():
             raise RuntimeError(
                 "ema_ext: torch.func transforms inside torch.compile are not supported; "
@@ -104,7 +105,7 @@ def function(rule: type[Rule]) -> Callable[..., Any]:
     def apply(*arguments: Any) -> Any:
         if transforms_active():
             return transformed.apply(*arguments)
-        return (plain.apply if torch.compiler.is_dynamo_compiling() else quick)(*arguments)
+        return (plain.apply if is_dynamo_compiling() else quick)(*arguments)
 
     return apply
 
@@ -170,6 +171,8 @@ class DirectEMA(Function):
         alpha, dim, reverse = ctx.problem
         if is_grad_enabled():
             return float_adjoint(grad_y, None, alpha, False, dim, reverse)[0], None
+        if is_dynamo_compiling():  # autograd's own graph
+            return _ops.ema_backward_samples(grad_y, alpha, dim, reverse), None
         if dim == -1 and not reverse:
             return _ops.ema_backward_directly(grad_y, alpha), None
         return _ops.ema_backward_directly(grad_y, alpha, dim, reverse), None

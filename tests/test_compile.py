@@ -5,6 +5,7 @@ tests/test_transforms.py holds what torch.func does and what is refused while co
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from cases import DTYPES, LAYOUTS, signal
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -198,6 +200,50 @@ def test_opcheck(name: str) -> None:
     packet, overload = name.split(".")
     op = getattr(getattr(torch.ops.ema_ext, packet), overload)
     opcheck(op, operator_calls()[name], test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", [name for name in overloads() if name != "sum_to.default"])
+def test_dim_from_the_end(name: str) -> None:
+    """Catches an operator, its fake or its vmap that takes a negative dim for another dimension."""
+    packet, overload = name.split(".")
+    op = getattr(getattr(torch.ops.ema_ext, packet), overload)
+    arguments = list(operator_calls()[name])
+    at = next(i for i, argument in enumerate(arguments) if type(argument) is int)
+    assert arguments[at] in (1, -2)
+    for fake in (False, True):
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
+            arguments[at] = 1
+            wanted = results(op(*arguments))
+            arguments[at] = -2
+            got = results(op(*arguments))
+        assert [tensor.shape for tensor in got] == [tensor.shape for tensor in wanted]
+        if not fake:
+            assert all(map(torch.equal, got, wanted))
+
+    stacked = [a.expand(4, *a.shape) if isinstance(a, Tensor) else a for a in arguments]
+    mapped = results(
+        torch.vmap(op, in_dims=tuple(0 if isinstance(a, Tensor) else None for a in arguments))(
+            *stacked
+        )
+    )
+    for tensor, one in zip(mapped, results(op(*arguments)), strict=True):
+        assert all(torch.equal(each, one) for each in tensor)
+
+
+def results(returned: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return returned if isinstance(returned, tuple) else (returned,)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, on tracing
+@pytest.mark.parametrize("call", [{}, {"dim": 0, "reverse": True}], ids=["usual", "reverse"])
+def test_compiled_autograd(call: dict[str, Any]) -> None:
+    """Catches a backward of the usual call that torch.compile cannot trace."""
+    x = signal(7, 50).requires_grad_()
+    ema(x, 0.3, **call).square().sum().backward()
+    wanted, x.grad = x.grad, None
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        ema(x, 0.3, **call).square().sum().backward()
+    assert torch.equal(x.grad, wanted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

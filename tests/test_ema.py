@@ -37,6 +37,24 @@ def test_every_alpha(alpha: float, dtype: torch.dtype) -> None:
     bounds.check_forward(ema(x, alpha), x, alpha)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [12, 300])
+def test_ties_of_halves_go_to_even(length: int, dtype: torch.dtype) -> None:
+    """Catches a store that rounds what lies between two halves up, or away from zero."""
+    eps = torch.finfo(dtype).eps
+    at = torch.arange(2, length)
+    for sign in (1, -1):
+        for odd in (0, 1):
+            # Each row has y = 1 + odd * eps + eps / 2 at a place of its own, after zeros.
+            x = torch.zeros(length, length, dtype=dtype)
+            x[at, at - 1] = sign * 2 * eps
+            x[at, at] = sign * (2 + 2 * odd * eps)
+            for reverse in (False, True):
+                y = ema(x.flip(1) if reverse else x, 0.5, reverse=reverse)
+                y = y.flip(1) if reverse else y
+                assert (y[at, at] == sign * (1 + 2 * odd * eps)).all(), (sign, odd, reverse)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(37,), (5, 37), (3, 5, 7), (2, 3, 1, 5), (1, 1), (130, 40)])
 def test_every_dim(shape: tuple[int, ...], dtype: torch.dtype) -> None:
