@@ -217,7 +217,7 @@ struct Dispatch {
   template <bool kAdjoint>
   static cudaError_t varying(const Scan& scan, const Plan& plan, void* workspace,
                              cudaStream_t stream) {
-    using Side = Columns<Storage, varying_items(sizeof(typename Storage::Sample), false)>;
+    using Side = Columns<Storage, varying_items(sizeof(typename Storage::Sample), false, kAdjoint)>;
     switch (plan.strategy) {
       case Strategy::kVaryingColumns:
         return varying_by<Side, kAdjoint, false>(scan, plan, workspace, stream);
@@ -233,7 +233,7 @@ struct Dispatch {
   template <template <class, int, int> class Rows, bool kAligned, bool kAdjoint>
   static cudaError_t varying_rows(const Scan& scan, const Plan& plan, void* workspace,
                                   cudaStream_t stream) {
-    constexpr int kItems = varying_items(sizeof(typename Storage::Sample), kAligned);
+    constexpr int kItems = varying_items(sizeof(typename Storage::Sample), kAligned, kAdjoint);
     using Block = Rows<Storage, kBlockThreads, kItems>;
     if (is_split_varying(plan))
       return varying_by<Block, kAdjoint, true>(scan, plan, workspace, stream);

@@ -39,32 +39,35 @@ class MapScan {
                       __shfl_up_sync(kAllLanes, map.drive, by, kLanes)};
       if (lane() >= by) map = map.after(first);
     }
-    before_ = {};
-    if constexpr (kLanes > 1) {
-      const Map first{__shfl_up_sync(kAllLanes, map.ratio, 1, kLanes),
-                      __shfl_up_sync(kAllLanes, map.drive, 1, kLanes)};
-      if (lane() > 0) before_ = first;
-    }
+    through_ = map;
     share(map);
   }
 
-  // The whole team's map.
+  // The whole team's map; of teams that are blocks.
   __device__ __forceinline__ Map total() const {
-    Map total = whole(0);
+    Map total = shared_.maps[turn_][0][row()];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) total = whole(w).after(total);
+    for (int w = 1; w < kWarps; ++w) total = shared_.maps[turn_][w][row()].after(total);
     return total;
   }
 
   // From the y before the team's first sample.
   __device__ __forceinline__ Ends follow(double y) const {
-    double before = y;
+    double before = y, after = y;
+    if constexpr (kWarps > 1) {
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      if (w == warp()) before = y;
-      y = whole(w)(y);
+      for (int w = 0; w < kWarps; ++w) {
+        if (w == warp()) before = after;
+        after = shared_.maps[turn_][w][row()](after);
+      }
     }
-    return {before_(before), y};
+    if constexpr (kLanes > 1) {
+      const double own = through_(before);
+      if constexpr (kWarps == 1) after = __shfl_sync(kAllLanes, own, kLanes - 1, kLanes);
+      const double past = __shfl_up_sync(kAllLanes, own, 1, kLanes);
+      if (lane() > 0) before = past;
+    }
+    return {before, after};
   }
 
   // The sum of a value of each thread, in one order.
@@ -72,11 +75,13 @@ class MapScan {
 #pragma unroll
     for (int by = kLanes / 2; by > 0; by /= 2)
       value += __shfl_xor_sync(kAllLanes, value, by, kLanes);
-    share({0, value});
-    double sum = whole(0).drive;
+    if constexpr (kWarps > 1) {
+      share({0, value});
+      value = 0;
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += whole(w).drive;
-    return sum;
+      for (int w = 0; w < kWarps; ++w) value += shared_.maps[turn_][w][row()].drive;
+    }
+    return value;
   }
 
  private:
@@ -84,26 +89,17 @@ class MapScan {
   static __device__ __forceinline__ int warp() { return kWarps > 1 ? threadIdx.x / kWarp : 0; }
   static __device__ __forceinline__ int row() { return kRows > 1 ? threadIdx.x % kRows : 0; }
 
-  // The last lane's map, to the team.
+  // The last lane's map, to the warps of the team.
   __device__ __forceinline__ void share(const Map& map) {
     if constexpr (kWarps > 1) {
       turn_ ^= 1;
       if (lane() == kLanes - 1) shared_.maps[turn_][warp()][row()] = map;
       __syncthreads();
-    } else {
-      warp_ = {__shfl_sync(kAllLanes, map.ratio, kLanes - 1, kLanes),
-               __shfl_sync(kAllLanes, map.drive, kLanes - 1, kLanes)};
     }
-  }
-  __device__ __forceinline__ Map whole(int warp) const {
-    if constexpr (kWarps > 1)
-      return shared_.maps[turn_][warp][row()];
-    else
-      return warp_;
   }
 
   Shared& shared_;
-  Map before_, warp_;
+  Map through_;  // from the warp's first sample to the thread's last
   int turn_ = 0;
 };
 

@@ -104,7 +104,7 @@ bool is_varying_aligned(const Scan& scan) {
 Plan varying_plan(const Scan& scan, const Device& device) {
   const bool columns = touch(scan);
   const bool aligned = !columns && is_varying_aligned(scan);
-  const int items = varying_items(bytes_of(scan.x.dtype), aligned);
+  const int items = varying_items(bytes_of(scan.x.dtype), aligned, is_adjoint(scan.op));
   const int64_t threads = columns ? kBlockWarps : kBlockThreads;  // along time
   const int64_t groups = ceil_div(scan.rows, kBlockThreads / threads);
   const int64_t tiles = ceil_div(scan.length, threads * items);

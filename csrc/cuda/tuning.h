@@ -70,16 +70,18 @@ constexpr int64_t kLaneLookBack = 8;
 
 // Coefficients that vary in time: samples of a thread, as float64 of which two tensors are held at
 // once, and an adjoint's four. Sixteen share what a scan costs per thread where 16 bytes hold more
-// than two; what is moved sample by sample is slower by more than that.
-constexpr int varying_items(int64_t sample_bytes, bool aligned) {
-  return aligned && sample_bytes < 8 ? 16 : 8;
+// than two, thirty-two where they hold eight and there are registers; what is moved sample by
+// sample is slower by more than that.
+constexpr int varying_items(int64_t sample_bytes, bool aligned, bool adjoint) {
+  if (!aligned || sample_bytes == 8) return 8;
+  return sample_bytes == 2 && !adjoint ? 32 : 16;
 }
 
 // Blocks per multiprocessor, which leave 128 registers a thread, or 255 where they are needed: by
-// sixteen samples of the four tensors of an adjoint, or beside a look-back; and by the addresses of
-// an adjoint whose rows are moved sample by sample.
+// thirty-two samples, by sixteen of the four tensors of an adjoint or beside a look-back, and by
+// the addresses of an adjoint whose rows are moved sample by sample.
 constexpr int varying_blocks(int items, bool adjoint, bool split, bool scattered) {
-  return (items > 8 && (adjoint || split)) || (scattered && adjoint) ? 1 : 2;
+  return items > 16 || (items > 8 && (adjoint || split)) || (scattered && adjoint) ? 1 : 2;
 }
 
 // Terms of a broadcast sum that a warp adds up, 128 to each lane: what it leaves behind is a

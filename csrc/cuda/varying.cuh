@@ -18,6 +18,7 @@
 #pragma once
 
 #include <new>
+#include <type_traits>
 
 #include "cuda/messages.cuh"
 #include "cuda/row.cuh"
@@ -36,51 +37,57 @@ struct VaryingRow {
       : scan(scan),
         at(at),
         average(scan.op == Op::kEma || scan.op == Op::kEmaBackward),
-        copies_first(scan.op == Op::kEma && scan.start.data == nullptr),
-        sign_(average ? -1 : 1),
-        base_(average ? 1 : -0.0) {}
+        copies_first(scan.op == Op::kEma && scan.start.data == nullptr) {}
 
   // With a coefficient of 1 for the first sample, -0 leaves it as it is, if need be -0.
   __device__ double start() const {
     return read_state<typename Storage::Acc>(scan.start, at.start, copies_first ? -0.0 : 0.0);
   }
 
-  __device__ __forceinline__ double ratio(double coefficient) const {
-    return fma(sign_, coefficient, base_);  // 1 - coefficient, or as it is
+  // The coefficient that leaves y as it is.
+  __device__ __forceinline__ float neutral() const { return average ? 0 : 1; }
+
+  // Calls f with whether this is an average, as a constant.
+  template <class F>
+  __device__ __forceinline__ void by_op(const F& f) const {
+    if (average)
+      f(std::true_type{});
+    else
+      f(std::false_type{});
   }
 
-  // As the tile's threads do it, over the samples [n, end).
-  __device__ double walk(int64_t n, int64_t end, double y) const {
-#pragma unroll 1
-    for (; n < end; ++n) {
-      const double x = Samples(scan.x, at.x, n).template get<Storage>(0);
-      const double given = read(scan.coefficient.data, scan.coefficient.dtype,
-                                at.coefficient + n * scan.coefficient.time_stride);
-      const double c = copies_first && n == 0 ? 1 : given, a = ratio(c);
-      y = kAdjoint ? a * (y + x) : a * y + (average ? c * x : x);
-    }
-    return y;
+  // As the tile's threads do it.
+  __device__ double step(int64_t n, double y) const {
+    const double x = Samples{scan.x, at.x, n}.template get<Storage>(0);
+    const double given = read(scan.coefficient.data, scan.coefficient.dtype,
+                              at.coefficient + n * scan.coefficient.time_stride);
+    const double c = copies_first && n == 0 ? 1 : given, a = average ? 1 - c : c;
+    return kAdjoint ? a * (y + x) : a * y + (average ? c * x : x);
   }
-
- private:
-  const double sign_, base_;
 };
+
+// What is kept of a value: all but the coefficient's share if that is an average's.
+template <bool kAverage>
+__device__ __forceinline__ double kept(double coefficient, double value) {
+  return kAverage ? fma(-coefficient, value, value) : coefficient * value;
+}
 
 // What a tile of a split row tells those after it.
 struct TileMessage {
   Message ratio, drive, y;
 };
 
-template <class Storage, class Moves, bool kAdjoint, bool kSplit>
+template <class Storage, class Kind, bool kAdjoint, bool kSplit>
 struct Varying {
   static constexpr int kThreads = kBlockThreads;
   static constexpr int kMinBlocks =
-      varying_blocks(Moves::kItems, kAdjoint, kSplit, Moves::kScattered);
-  static constexpr int kItems = Moves::kItems;
-  static constexpr int kRanks = Moves::kTeam;  // threads that share a row
+      varying_blocks(Kind::kItems, kAdjoint, kSplit, Kind::kScattered);
+  static constexpr int kItems = Kind::kItems;
+  static constexpr int kRanks = Kind::kTeam;  // threads that share a row
   static constexpr int kTile = kRanks * kItems;
   static constexpr int kRows = kThreads / kRanks;  // of a block
-  static_assert(!kSplit || kRanks * Moves::kRows == kThreads);
+  static_assert(!kSplit || kRanks * Kind::kRows == kThreads);
+  static constexpr bool kWarpRow = kRanks == kWarp && Kind::kRows == 1;
 
   struct Arguments {
     Scan scan;
@@ -90,8 +97,8 @@ struct Varying {
     double* sums;                // row * tiles + tile: the gradient to a constant coefficient
   };
   struct Shared {
-    typename Moves::Shared moves;
-    typename Moves::Scan::Shared scan, history;
+    typename Kind::Shared moves;
+    typename Kind::Scan::Shared scan, history;
     Uninitialized<RowOffsets> at[kRows];
     int64_t ticket;
   };
@@ -104,13 +111,18 @@ struct Varying {
       group = shared.ticket / arguments.tiles;
       tile = shared.ticket % arguments.tiles;
     }
-    const int64_t index = group * kRows + Moves::row();
+    const int64_t index = group * kRows + Kind::row();
     const bool there = index < arguments.scan.rows;
-    RowOffsets& at = shared.at[Moves::row()].value();
-    if (Moves::rank() == 0) new (&at) RowOffsets(arguments.scan, there ? index : 0);
+    RowOffsets& at = shared.at[Kind::row()].value();
+    if (Kind::rank() == 0) new (&at) RowOffsets(arguments.scan, there ? index : 0);
     __syncthreads();
-    Varying(arguments, shared, at, group, there)
-        .scan_tiles(tile, kSplit ? tile + 1 : arguments.tiles);
+    if (kWarpRow && !there) return;  // nobody waits for it
+    const int64_t end = kSplit ? tile + 1 : arguments.tiles;
+    Varying row(arguments, shared, at, group, there);
+    if (Kind::kAligned && arguments.scan.x.time_stride < 0)
+      row.template scan_tiles<true>(shared, tile, end);
+    else
+      row.template scan_tiles<false>(shared, tile, end);
   }
 
  private:
@@ -120,14 +132,14 @@ struct Varying {
         scan_(arguments.scan),
         group_(group),
         there_(there),
-        length_(there ? scan_.length : 0),
         row_(scan_, at),
-        moves_(shared.moves),
         maps_(shared.scan),
         history_(shared.history) {}
 
-  static __device__ __forceinline__ int own() { return Moves::rank() * kItems; }
-  static __device__ __forceinline__ bool leads() { return Moves::rank() == 0; }
+  static constexpr float kNothing = -0.0f;  // an x that leaves every y as it is
+
+  static __device__ __forceinline__ int own() { return Kind::rank() * kItems; }
+  static __device__ __forceinline__ bool leads() { return Kind::rank() == 0; }
 
   __device__ __forceinline__ Samples samples(const View& view, int64_t row, int64_t tile) const {
     return {view, row, tile * kTile};
@@ -135,67 +147,118 @@ struct Varying {
 
   // Samples that the row has from a tile on, or one more than a tile.
   __device__ __forceinline__ int count_from(int64_t tile) const {
-    const int64_t left = length_ - tile * kTile;
+    const int64_t left = there_ ? scan_.length - tile * kTile : 0;
     return left < 0 ? 0 : left <= kTile ? static_cast<int>(left) : kTile + 1;
   }
 
   // Every team of the block takes as many, as they wait for each other.
-  __device__ __forceinline__ void scan_tiles(int64_t tile, int64_t end) {
-    double before = row_.start(), last = 0, sum = 0;
+  template <bool kBackward>
+  __device__ __forceinline__ void scan_tiles(Shared& shared, int64_t tile, int64_t end) {
+    const typename Kind::template Moves<kBackward> moves(shared.moves);
+    Carry carry{row_.start(), 0, 0, row_.copies_first && tile == 0 && leads()};
+    const int64_t inner_end = end < arguments_.tiles ? end : arguments_.tiles - 1;
 #pragma unroll 1
-    for (; tile < end; ++tile) {
-      const int count = count_from(tile);
-      const Raw raw_x = moves_.fetch(samples(scan_.x, row_.at.x, tile), count);
-      const Samples coefficients = samples(scan_.coefficient, row_.at.coefficient, tile);
-      const Raw raw_c = moves_.fetch_any(coefficients, count);
-      double c[kItems], x[kItems];
-      if constexpr (kAdjoint)
-        moves_.spread_any(raw_c, coefficients, c);
-      else
-        moves_.spread(raw_c, coefficients, c);
-      moves_.spread(raw_x, samples(scan_.x, row_.at.x, tile), x);
-      if (row_.copies_first && tile == 0 && leads()) c[0] = 1;
-      maps_.take(compose(c, x));
-      if constexpr (kSplit) before = look_back(tile, before);
-
-      typename Moves::Scan::Ends y = maps_.follow(before);
-      if (!(finite(y.before) && finite(y.after)) && before == before) walk(tile, before, y);
-      if (kSplit && leads() && there_ && tile + 1 < arguments_.tiles)
-        send(message(tile).y, y.after);
-      before = y.after;
-      to_outputs(tile, count, y.before, c, x, last, sum);
-    }
-    finish(tile, last, sum);
+    for (; tile < inner_end; ++tile) scan_tile<true>(moves, tile, carry);
+    if (tile < end) scan_tile<false>(moves, tile++, carry);
+    finish(tile, carry);
   }
 
-  using Raw = typename Moves::Raw;
+  // From tile to tile.
+  struct Carry {
+    double y;     // before the tile
+    double own;   // after the thread's samples
+    double sum;   // of the thread's gradient to a constant coefficient
+    bool copies;  // whether the thread's next sample is the row's first, to be copied
+  };
 
-  // The map of the thread's samples. A forward's become ratios and drives.
-  __device__ __forceinline__ Map compose(double* c, double* x) const {
-    if (!kAdjoint && row_.average) {
+  // With kInner the row, if it is there, goes on after the tile.
+  template <bool kInner, class Moves>
+  __device__ __forceinline__ void scan_tile(const Moves& moves, int64_t tile, Carry& carry) {
+    const Extent<kTile, kInner> extent{!kInner                            ? count_from(tile)
+                                       : kRows == 1 || kWarpRow || there_ ? kTile + 1
+                                                                          : 0};
+    const Samples coefficients = samples(scan_.coefficient, row_.at.coefficient, tile);
+    const Samples given = samples(scan_.x, row_.at.x, tile);
+    const auto raw_x = moves.fetch(given, extent, kNothing);
+    typename Moves::Raw raw_c;
+    double c[kItems], x[kItems];
+    if constexpr (kAdjoint || !Kind::kAligned) {
+      raw_c = moves.fetch_any(coefficients, extent, row_.neutral());
+      moves.spread_any(raw_c, coefficients, extent, row_.neutral(), c);
+    } else {
+      raw_c = moves.fetch(coefficients, extent, row_.neutral());
+      moves.spread(raw_c, coefficients, extent, row_.neutral(), c);
+    }
+    moves.spread(raw_x, given, extent, kNothing, x);
+    if (carry.copies) c[0] = 1;
+    carry.copies = false;
+    Map map;
+    row_.by_op([&](auto average) { map = compose<average.value>(c, x); });
+    maps_.take(map);
+    if constexpr (kSplit) carry.y = look_back(tile, carry.y);
+
+    typename Kind::Scan::Ends y = maps_.follow(carry.y);
+    if (!(finite(y.before) && finite(y.after)) && carry.y == carry.y)
+      walk(tile, extent, carry.y, y);
+    if (kSplit && leads() && there_ && tile + 1 < arguments_.tiles) send(message(tile).y, y.after);
+    carry.y = y.after;
+    carry.own = y.before;
+    if constexpr (!kAdjoint) {
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        x[i] *= c[i];
-        c[i] = row_.ratio(c[i]);
+      for (int i = 0; i < kItems; ++i) x[i] = carry.own = c[i] * carry.own + x[i];
+    } else {
+      row_.by_op([&](auto average) {
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          x[i] += carry.own;
+          carry.own = kept<average.value>(c[i], x[i]);
+        }
+      });
+      if (scan_.grad_coefficient.data != nullptr) to_coefficient(moves, tile, extent, x, carry.sum);
+      if (row_.average) {
+        // The forward's first sample was its initial state as well.
+        if (!scan_.has_initial_state) at_first(extent, [&](int i) { c[i] = 1; });
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) x[i] *= c[i];
       }
     }
+    moves.put(x, samples(scan_.y, row_.at.y, tile), extent);
+  }
+
+  // The map of the thread's samples. A forward's become ratios and drives.
+  template <bool kAverage>
+  static __device__ __forceinline__ Map compose(double* c, double* x) {
     Map map;
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const double a = kAdjoint ? row_.ratio(c[i]) : c[i];
-      map.drive = kAdjoint ? a * (map.drive + x[i]) : a * map.drive + x[i];
-      map.ratio *= a;
+      if constexpr (kAdjoint) {
+        map.drive = kept<kAverage>(c[i], map.drive + x[i]);
+        map.ratio = kept<kAverage>(c[i], map.ratio);
+        continue;
+      }
+      if constexpr (kAverage) {
+        x[i] *= c[i];
+        c[i] = 1 - c[i];
+      }
+      map.drive = c[i] * map.drive + x[i];
+      map.ratio *= c[i];
     }
     return map;
   }
 
   // What the threads found by products is not to be had by them.
-  __device__ __forceinline__ void walk(int64_t tile, double before,
-                                       typename Moves::Scan::Ends& y) const {
-    const int64_t begin = tile * kTile, end = length_ < begin + kTile ? length_ : begin + kTile;
-    const int64_t mine = begin + own() < end ? begin + own() : end;
-    y.before = row_.walk(begin, mine, before);
-    if (!finite(y.after)) y.after = row_.walk(mine, end, y.before);
+  template <bool kInner>
+  __device__ __forceinline__ void walk(int64_t tile, const Extent<kTile, kInner>& extent,
+                                       double before, typename Kind::Scan::Ends& y) const {
+    const int count = extent.whole() ? kTile : extent.count;
+    const int mine = own() < count ? own() : count;
+#pragma unroll 1
+    for (int i = 0;; ++i) {
+      if (i == mine) y.before = before;
+      if (i == count) break;
+      before = row_.step(tile * kTile + i, before);
+    }
+    if (!finite(y.after)) y.after = before;
   }
 
   // Which of the thread's samples is the row's last, the first one of the forward's time: below 0
@@ -205,66 +268,47 @@ struct Varying {
     return first < 0 ? -1 : first < kItems ? first : kItems;
   }
 
-  // Whether a row may end with a thread's i'th sample.
-  static constexpr bool may_end(int i) { return i % Moves::kUnit == Moves::kUnit - 1; }
-
-  // From the y before the thread's samples, to what is wanted of them; `last` becomes the y after
-  // the row's last one.
-  __device__ __forceinline__ void to_outputs(int64_t tile, int count, double y, double* c,
-                                             double* x, double& last, double& sum) const {
-    const int first = own_first(count);
+  // Calls f with the constant index of that sample, if the thread has it.
+  template <bool kInner, class F>
+  static __device__ __forceinline__ void at_first(const Extent<kTile, kInner>& extent, const F& f) {
+    if constexpr (kInner) return;
+    const int first = own_first(extent.count);
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if constexpr (kAdjoint) {
-        x[i] += y;
-        y = row_.ratio(c[i]) * x[i];
-      } else {
-        x[i] = y = c[i] * y + x[i];
-      }
-      if (may_end(i) && i == first) last = y;
-    }
-    if constexpr (kAdjoint) {
-      if (scan_.grad_coefficient.data != nullptr) to_coefficient(tile, count, x, sum);
-      if (row_.average) {
-        // The forward's first sample was its initial state as well.
-        const int whole = scan_.has_initial_state ? kItems : first;
-#pragma unroll
-        for (int i = 0; i < kItems; ++i)
-          if (!may_end(i) || i != whole) x[i] *= c[i];
-      }
-    }
-    moves_.put(x, samples(scan_.y, row_.at.y, tile), count);
+    for (int i = Kind::kUnit - 1; i < kItems; i += Kind::kUnit)  // where a row may end
+      if (i == first) f(i);
   }
 
   // The gradient to each sample's coefficient, or their sum where it is constant.
-  __device__ __forceinline__ void to_coefficient(int64_t tile, int count, const double* lambda,
-                                                 double& sum) const {
+  template <bool kInner, class Moves>
+  __device__ __forceinline__ void to_coefficient(const Moves& moves, int64_t tile,
+                                                 const Extent<kTile, kInner>& extent,
+                                                 const double* lambda, double& sum) const {
     const Samples forward_x = samples(scan_.forward_x, row_.at.forward_x, tile);
     const Samples forward_y = samples(scan_.forward_y, row_.at.forward_y, tile);
-    const Raw raw_y = moves_.fetch_next(forward_y, count);
-    Raw raw_x = {};
-    if (row_.average) raw_x = moves_.fetch(forward_x, count);
-    const bool from_itself = row_.average && scan_.forward_start.data == nullptr;
+    const auto raw_y = moves.fetch_next(forward_y, extent);
+    typename Moves::Raw raw_x;
+    if (row_.average) raw_x = moves.fetch(forward_x, extent, kNothing);
     double by[kItems];  // the forward's y before each sample, in its time
-    moves_.spread_next(raw_y, forward_y, count, by);
-    const int first = own_first(count);
-    const double start =
-        read_state<typename Storage::Acc>(scan_.forward_start, row_.at.forward_start, 0);
-    double x[kItems];
-    if (row_.average) moves_.spread(raw_x, forward_x, x);
+    moves.spread_next(raw_y, forward_y, extent, by);
+    at_first(extent, [&](int i) {
+      by[i] = read_state<typename Storage::Acc>(scan_.forward_start, row_.at.forward_start, 0);
+    });
+    if (row_.average) {
+      double x[kItems];
+      moves.spread(raw_x, forward_x, extent, kNothing, x);
+      if (scan_.forward_start.data == nullptr) at_first(extent, [&](int i) { by[i] = x[i]; });
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if (may_end(i) && i == first) by[i] = from_itself ? x[i] : start;
-      if (row_.average) by[i] = x[i] - by[i];
+      for (int i = 0; i < kItems; ++i) by[i] = x[i] - by[i];
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) by[i] *= lambda[i];
     if (scan_.varying) {
-      moves_.put_any(by, samples(scan_.grad_coefficient, row_.at.grad_coefficient, tile), count);
+      moves.put_any(by, samples(scan_.grad_coefficient, row_.at.grad_coefficient, tile), extent);
     } else {
+      const int first = own_first(extent.count);
 #pragma unroll
       for (int i = 0; i < kItems; ++i)
-        if (i <= first) sum += by[i];
+        if (kInner || i <= first) sum += by[i];
     }
   }
 
@@ -276,7 +320,7 @@ struct Varying {
       send(message(tile).drive, total.drive);
     }
     if (tile == 0) return start;
-    const int64_t anchor = (tile - 1) / kRanks * kRanks, from = anchor + Moves::rank();
+    const int64_t anchor = (tile - 1) / kRanks * kRanks, from = anchor + Kind::rank();
     Map map;
     if (there_ && from < tile)
       map = from == anchor ? Map{0, receive(message(from).y)}
@@ -288,20 +332,20 @@ struct Varying {
     return y == y ? receive(message(tile - 1).y) : y;
   }
   __device__ __forceinline__ TileMessage& message(int64_t tile) const {
-    return arguments_.messages[(group_ * arguments_.tiles + tile) * kRows + Moves::row()];
+    return arguments_.messages[(group_ * arguments_.tiles + tile) * kRows + Kind::row()];
   }
 
-  // After the tiles before `end`. The thread that has the row's last sample knows the state: beyond
-  // it y stays as it is.
-  __device__ __forceinline__ void finish(int64_t end, double last, double sum) {
-    const int last_sample = own_first(count_from(end - 1));
-    if (last_sample >= 0 && last_sample < kItems && scan_.state.data != nullptr)
-      write(scan_.state.data, scan_.state.dtype, row_.at.state, last);
+  // After the tiles before `end`. The thread that has the row's last sample knows the state: what
+  // is read beyond it left y as it was.
+  __device__ __forceinline__ void finish(int64_t end, const Carry& carry) {
+    const int last = own_first(count_from(end - 1));
+    if (last >= 0 && last < kItems && scan_.state.data != nullptr)
+      write(scan_.state.data, scan_.state.dtype, row_.at.state, carry.own);
     if (!kAdjoint || scan_.varying || scan_.grad_coefficient.data == nullptr) return;
-    sum = maps_.sum(sum);
+    const double sum = maps_.sum(carry.sum);
     if (!there_ || !leads()) return;
     if (kSplit)
-      arguments_.sums[(group_ * kRows + Moves::row()) * arguments_.tiles + end - 1] = sum;
+      arguments_.sums[(group_ * kRows + Kind::row()) * arguments_.tiles + end - 1] = sum;
     else
       write(scan_.grad_coefficient.data, Dtype::kFloat64, row_.at.grad_coefficient, sum);
   }
@@ -310,10 +354,8 @@ struct Varying {
   const Scan& scan_;
   const int64_t group_;
   const bool there_;
-  const int64_t length_;
   const VaryingRow<Storage, kAdjoint> row_;
-  const Moves moves_;
-  typename Moves::Scan maps_, history_;
+  typename Kind::Scan maps_, history_;
 };
 
 }  // namespace ema_ext::cuda

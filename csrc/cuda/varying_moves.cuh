@@ -1,19 +1,20 @@
 // Samples of a coefficient that varies in time, and of what goes with it, between global memory and
 // the kItems consecutive samples of a thread, as float64.
 //
-// Three ways, of which each has
+// Three kinds, of which each has
 //   kTeam     threads per row, in ranks along time; kRows, rows of a block
-//   Raw       a tensor's samples on their way
-//   fetch     from a tensor of Storage's dtype, or (fetch_any) of any
-//   spread    to the threads' own samples, 0 beyond the row
-//   put       to a tensor of Storage's dtype, or (put_any) of any
-// whose samples n are those from the team's tile on, of which the row has `count` or (above a tile)
-// more. Rows end where a multiple of kUnit samples does. fetch_next and spread_next get the sample
-// after each.
+//   Moves     how they move, with or against memory's order where the kind tells these apart:
+//     Raw     a tensor's samples on their way
+//     fetch   from a tensor of Storage's dtype, or (fetch_any) of any
+//     spread  to the threads' own samples; beyond the row they are `other`
+//     put     to a tensor of Storage's dtype, or (put_any) of any
+// whose samples n are those from the team's tile on, of which the row has an Extent. Rows end where
+// a multiple of kUnit samples does. fetch_next and spread_next get the sample after each.
 #pragma once
 
 #include "cuda/maps.cuh"
 #include "cuda/scan.h"
+#include "cuda/tile.cuh"
 
 namespace ema_ext::cuda {
 
@@ -32,22 +33,25 @@ __device__ __forceinline__ void with_storage(Dtype dtype, const F& f) {
   }
 }
 
+// Samples that a row has from a tile on, up to one more than the tile; kInner: so many or none.
+template <int kTile, bool kInner>
+struct Extent {
+  int count;
+  __device__ __forceinline__ bool any() const { return count > 0; }
+  __device__ __forceinline__ bool whole() const { return kInner || count >= kTile; }
+  __device__ __forceinline__ bool has(int n) const { return kInner ? any() : n < count; }
+  __device__ __forceinline__ Extent next() const { return {count - 1}; }  // a sample later
+};
+
 // One row of a tensor from a sample on.
 struct Samples {
   const View& view;
-  int64_t first;  // offset in elements
-
-  __device__ Samples(const View& view, int64_t row, int64_t n)
-      : view(view), first(row + n * view.time_stride) {}
+  int64_t row;  // offset in elements
+  int64_t first;
 
   template <class Storage>
   __device__ __forceinline__ typename Storage::Sample* at(int64_t n) const {
-    return static_cast<typename Storage::Sample*>(view.data) + first + n * view.time_stride;
-  }
-  // The n'th in memory, whichever way time runs.
-  template <class Storage>
-  __device__ __forceinline__ typename Storage::Sample* at_contiguous(int64_t n) const {
-    return static_cast<typename Storage::Sample*>(view.data) + first + n;
+    return static_cast<typename Storage::Sample*>(view.data) + row + (first + n) * view.time_stride;
   }
   template <class Storage>
   __device__ __forceinline__ double get(int64_t n) const {
@@ -61,137 +65,132 @@ struct Samples {
 
 // Rows whose chunks lie on multiples of 16 bytes, along time, in every tensor; the length is a
 // multiple of a chunk. A coefficient that is constant has a time stride of 0 and any dtype.
-//
-// Chunks pass through shared memory, where those of a thread are each in a bank group of its own.
-template <class Storage, int kThreads, int kOwn>
-class AlignedRows {
- public:
-  static constexpr int kTeam = kThreads, kRows = 1, kItems = kOwn;
-  static constexpr bool kScattered = false;
+template <class Storage_, int kThreads, int kOwn>
+struct AlignedRows {
+  // As a Tiling, for Stage.
+  using Storage = Storage_;
+  using Sample = typename Storage::Sample;
+  using Acc = typename Storage::Acc;
+  static constexpr bool kAligned = true;
+  static constexpr int kTeam = kThreads, kItems = kOwn, kTile = kTeam * kItems;
   static constexpr int kLanes = kTeam < kWarp ? kTeam : kWarp;
-  static constexpr int kC = Chunk<Storage>::kSamples, kUnit = kC;
-  static constexpr int kChunks = kItems / kC;
+  static constexpr int kSamples = Chunk<Storage>::kSamples, kChunks = kItems / kSamples;
+  static constexpr int kWarpChunks = kLanes * kChunks;
+
+  static constexpr int kRows = 1, kUnit = kSamples;
+  static constexpr bool kScattered = false;
   using Scan = MapScan<kLanes, kTeam / kLanes, kRows>;
-  struct Raw {
-    uint4 chunks[kChunks];
-  };
   struct Shared {
-    uint4 chunks[kBlockWarps][kWarp * kChunks];
+    WarpStage<AlignedRows> stage[kBlockWarps];
   };
 
-  __device__ explicit AlignedRows(Shared& shared)
-      : shared_(shared.chunks[threadIdx.x / kWarp]),
-        lane_(threadIdx.x % kWarp),
-        member_(threadIdx.x % kLanes) {}
+  static __device__ __forceinline__ int row() { return thread() / kTeam; }
+  static __device__ __forceinline__ int rank() { return thread() % kTeam; }
 
-  static __device__ __forceinline__ int row() { return threadIdx.x / kTeam; }
-  static __device__ __forceinline__ int rank() { return threadIdx.x % kTeam; }
+  template <bool kBackward>
+  class Moves {
+   public:
+    using Mover = Stage<AlignedRows, kBackward>;
+    using Raw = typename Mover::Raw;
 
-  __device__ __forceinline__ Raw fetch(const Samples& from, int count) const {
-    const int left = count - own_chunk() * kC;
-    const uint4* const source = address(from);
-    Raw raw;
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j)
-      raw.chunks[j] = j * kLanes * kC < left ? source[j * step(from)] : uint4{0, 0, 0, 0};
-    return raw;
-  }
-  __device__ __forceinline__ Raw fetch_any(const Samples& from, int count) const {
-    return from.view.time_stride != 0 ? fetch(from, count) : Raw{};
-  }
-  __device__ __forceinline__ Raw fetch_next(const Samples& from, int count) const {
-    return fetch(from, count);
-  }
+    __device__ __forceinline__ explicit Moves(Shared& shared)
+        : stage_(shared.stage[thread() / kWarp]) {}
 
-  __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from,
-                                             double* to) const {
-    if (from.view.time_stride != 0) return spread(raw, from, to);
-    const double value = read(from.view.data, from.view.dtype, from.first);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) to[i] = value;
-  }
-  __device__ __forceinline__ void spread(const Raw& raw, const Samples& from, double* to) const {
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j)
-      shared_[moved(j)] = Chunk<Storage>::turned(raw.chunks[j], order(from));
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) {
-      typename Storage::Acc items[kC];
-      Chunk<Storage>::unpack(shared_[own(j)], items);
-#pragma unroll
-      for (int i = 0; i < kC; ++i) to[j * kC + i] = items[i];
+    template <class E>
+    __device__ __forceinline__ Raw fetch(const Samples& from, const E& extent, float = 0) const {
+      return fetch_if(extent.whole(), from, extent);
     }
-  }
-
-  // The last of the lanes' is read once more, where it is not of this team's tile or warp.
-  __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from, int count,
-                                              double* to) const {
-    spread(raw, from, to);
-    const double next = __shfl_down_sync(kAllLanes, to[0], 1, kLanes);
-    const int n = (rank() + 1) * kItems;
-#pragma unroll
-    for (int i = 1; i < kItems; ++i) to[i - 1] = to[i];
-    to[kItems - 1] = next;
-    if (member_ == kLanes - 1 && n < count) to[kItems - 1] = from.template get<Storage>(n);
-  }
-
-  __device__ __forceinline__ void put(const double* items, const Samples& to, int count) const {
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) {
-      typename Storage::Acc values[kC];
-#pragma unroll
-      for (int i = 0; i < kC; ++i)
-        values[i] = static_cast<typename Storage::Acc>(items[j * kC + i]);
-      shared_[own(j)] = Chunk<Storage>::turned(Chunk<Storage>::pack(values), order(to));
+    template <class E>
+    __device__ __forceinline__ Raw fetch_any(const Samples& from, const E& extent, float) const {
+      return fetch_if(extent.whole() && from.view.time_stride != 0, from, extent);
     }
-    __syncwarp();
-    const int left = count - own_chunk() * kC;
-    uint4* const target = address(to);
+    template <class E>
+    __device__ __forceinline__ Raw fetch_next(const Samples& from, const E& extent) const {
+      return fetch(from, extent);
+    }
+
+    template <class E>
+    __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from, const E& extent,
+                                               float other, double* to) const {
+      if (from.view.time_stride != 0) return spread(raw, from, extent, other, to);
+      const double value = read(from.view.data, from.view.dtype, from.row);
 #pragma unroll
-    for (int j = 0; j < kChunks; ++j)
-      if (j * kLanes * kC < left) target[j * step(to)] = shared_[moved(j)];
-  }
-  __device__ __forceinline__ void put_any(const double* items, const Samples& to, int count) const {
-    put(items, to, count);
-  }
+      for (int i = 0; i < kItems; ++i) to[i] = value;
+    }
+    template <class E>
+    __device__ __forceinline__ void spread(const Raw& raw, const Samples& from, const E& extent,
+                                           float other, double* to) const {
+      stage_.spread(run(from), extent.whole(), chunks(extent.count), raw);
+      if (!extent.whole()) {
+        const int mine = extent.count / kSamples - rank() * kChunks;
+        clear<AlignedRows>(stage_, mine > 0 ? mine : 0, other);
+      }
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        Acc items[kSamples];
+        stage_.get(c, items);
+#pragma unroll
+        for (int i = 0; i < kSamples; ++i) to[c * kSamples + i] = items[i];
+      }
+    }
 
- private:
-  // Where in the warp's stage the j'th chunk lies that this thread moves, and the j'th of its own.
-  // Each eight of them, which one access takes, are in different banks both ways.
-  __device__ __forceinline__ int moved(int j) const {
-    if constexpr (kLanes == kWarp)
-      return (lane_ ^ (lane_ / 8 % kChunks)) + j * kWarp;
-    else
-      return (lane_ / 8 * kChunks + j) * 8 + (member_ ^ j);
-  }
-  __device__ __forceinline__ int own(int j) const {
-    return (lane_ * kChunks + lane_ * kChunks / 8 % kChunks) ^ j;
-  }
-  static_assert(kLanes == kWarp || kLanes == 8);
-  static_assert(kChunks == 1 || kChunks == 2 || kChunks == 4);
+    // The last of the lanes' is read once more, where it is not of this team's tile or warp.
+    template <class E>
+    __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from,
+                                                const E& extent, double* to) const {
+      spread(raw, from, extent, 0, to);
+      const double next = __shfl_down_sync(kAllLanes, to[0], 1, kLanes);
+      const int n = (rank() + 1) * kItems;
+#pragma unroll
+      for (int i = 1; i < kItems; ++i) to[i - 1] = to[i];
+      to[kItems - 1] = next;
+      if (thread() % kLanes == kLanes - 1 && extent.has(n))
+        to[kItems - 1] = from.template get<Storage>(n);
+    }
 
-  static __device__ __forceinline__ unsigned order(const Samples& of) {
-    return Chunk<Storage>::order(of.view.time_stride < 0);
-  }
+    template <class E>
+    __device__ __forceinline__ void put(const double* items, const Samples& to,
+                                        const E& extent) const {
+      __syncwarp();  // some may still be at a tensor before
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        Acc values[kSamples];
+#pragma unroll
+        for (int i = 0; i < kSamples; ++i) values[i] = static_cast<Acc>(items[c * kSamples + i]);
+        stage_.set(c, values);
+      }
+      const bool whole = extent.whole() && (kLanes == kWarp || extent.any());
+      stage_.put(run(to), whole, whole ? kTile : chunks(extent.count));
+    }
+    template <class E>
+    __device__ __forceinline__ void put_any(const double* items, const Samples& to,
+                                            const E& extent) const {
+      put(items, to, extent);
+    }
 
-  // Of the team's tile, the first chunk that this thread moves; the others are each kLanes later.
-  __device__ __forceinline__ int own_chunk() const {
-    return rank() / kLanes * kLanes * kChunks + member_;
-  }
-  __device__ __forceinline__ uint4* address(const Samples& of) const {
-    const int n = own_chunk() * kC;
-    return reinterpret_cast<uint4*>(
-        of.template at_contiguous<Storage>(of.view.time_stride < 0 ? -n - (kC - 1) : n));
-  }
-  static __device__ __forceinline__ int step(const Samples& of) {
-    return of.view.time_stride < 0 ? -kLanes : kLanes;
-  }
+   private:
+    // Of rows that are not there, beside others in the warp, zeros.
+    template <class E>
+    __device__ __forceinline__ Raw fetch_if(bool whole, const Samples& from,
+                                            const E& extent) const {
+      if constexpr (kLanes == kWarp) return stage_.fetch(run(from), whole);
+      Raw raw;
+#pragma unroll
+      for (uint4& chunk : raw.chunks) chunk = {0, 0, 0, 0};
+      return whole && extent.any() ? stage_.fetch(run(from), true) : raw;
+    }
+    // Of this warp's share of the tile, or the team's if it is smaller.
+    static __device__ __forceinline__ int chunks(int count) {
+      return count / kSamples - rank() / kLanes * kWarpChunks;
+    }
+    __device__ __forceinline__ Run<Sample> run(const Samples& of) const {
+      const int64_t n = of.first + rank() / kLanes * (kWarpChunks * kSamples);
+      Sample* const begin = static_cast<Sample*>(of.view.data) + of.row;
+      return stage_.run(kBackward ? begin - n : begin + n, kBackward ? -1 : 1);
+    }
 
-  uint4* shared_;
-  int lane_, member_;
+    const Mover stage_;
+  };
 };
 
 // Rows of any strides and of a coefficient of any dtype, sample by sample, neighbouring threads
@@ -200,6 +199,7 @@ template <class Storage, int kThreads, int kOwn>
 class AnyRows {
  public:
   static constexpr int kTeam = kThreads, kRows = 1, kItems = kOwn, kUnit = 1;
+  static constexpr bool kAligned = false;
   static constexpr bool kScattered = true;  // each row's samples are moved one by one
   static constexpr int kLanes = kTeam < kWarp ? kTeam : kWarp;
   using Scan = MapScan<kLanes, kTeam / kLanes, kRows>;
@@ -210,6 +210,9 @@ class AnyRows {
     double samples[kBlockWarps][kWarp * (kItems + 1)];
   };
 
+  template <bool kBackward>
+  using Moves = AnyRows;
+
   __device__ explicit AnyRows(Shared& shared)
       : shared_(shared.samples[threadIdx.x / kWarp] +
                 threadIdx.x % kWarp / kLanes * kLanes * (kItems + 1)),
@@ -218,24 +221,31 @@ class AnyRows {
   static __device__ __forceinline__ int row() { return threadIdx.x / kTeam; }
   static __device__ __forceinline__ int rank() { return threadIdx.x % kTeam; }
 
-  __device__ __forceinline__ Raw fetch(const Samples& from, int count) const {
-    return fetch_as<Storage>(from, count);
+  template <class E>
+  __device__ __forceinline__ Raw fetch(const Samples& from, const E& extent, float other) const {
+    return fetch_as<Storage>(from, extent, other);
   }
-  __device__ __forceinline__ Raw fetch_any(const Samples& from, int count) const {
+  template <class E>
+  __device__ __forceinline__ Raw fetch_any(const Samples& from, const E& extent,
+                                           float other) const {
     Raw raw;
     with_storage(from.view.dtype,
-                 [&](auto storage) { raw = fetch_as<decltype(storage)>(from, count); });
+                 [&](auto storage) { raw = fetch_as<decltype(storage)>(from, extent, other); });
     return raw;
   }
-  __device__ __forceinline__ Raw fetch_next(const Samples& from, int count) const {
-    return fetch(Samples(from.view, from.first, 1), count - 1);
+  template <class E>
+  __device__ __forceinline__ Raw fetch_next(const Samples& from, const E& extent) const {
+    return fetch({from.view, from.row, from.first + 1}, extent.next(), 0);
   }
 
-  __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from,
-                                             double* to) const {
-    spread(raw, from, to);
+  template <class E>
+  __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from, const E& extent,
+                                             float other, double* to) const {
+    spread(raw, from, extent, other, to);
   }
-  __device__ __forceinline__ void spread(const Raw& raw, const Samples&, double* to) const {
+  template <class E>
+  __device__ __forceinline__ void spread(const Raw& raw, const Samples&, const E&, float,
+                                         double* to) const {
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kItems; ++j) shared_[place(j * kLanes + member_)] = raw.samples[j];
@@ -243,18 +253,23 @@ class AnyRows {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) to[i] = shared_[place(member_ * kItems + i)];
   }
-  __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from, int,
+  template <class E>
+  __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from, const E& extent,
                                               double* to) const {
-    spread(raw, from, to);
+    spread(raw, from, extent, 0, to);
   }
 
-  __device__ __forceinline__ void put(const double* items, const Samples& to, int count) const {
+  template <class E>
+  __device__ __forceinline__ void put(const double* items, const Samples& to,
+                                      const E& extent) const {
     stage(items);
-    put_as<Storage>(to, count);
+    put_as<Storage>(to, extent);
   }
-  __device__ __forceinline__ void put_any(const double* items, const Samples& to, int count) const {
+  template <class E>
+  __device__ __forceinline__ void put_any(const double* items, const Samples& to,
+                                          const E& extent) const {
     stage(items);
-    with_storage(to.view.dtype, [&](auto storage) { put_as<decltype(storage)>(to, count); });
+    with_storage(to.view.dtype, [&](auto storage) { put_as<decltype(storage)>(to, extent); });
   }
 
  private:
@@ -263,12 +278,12 @@ class AnyRows {
     return (rank() / kLanes * kItems + j) * kLanes + member_;
   }
 
-  template <class Other>
-  __device__ __forceinline__ Raw fetch_as(const Samples& from, int count) const {
+  template <class Other, class E>
+  __device__ __forceinline__ Raw fetch_as(const Samples& from, const E& extent, float other) const {
     Raw raw;
 #pragma unroll
     for (int j = 0; j < kItems; ++j)
-      raw.samples[j] = sample(j) < count ? from.template get<Other>(sample(j)) : 0;
+      raw.samples[j] = extent.has(sample(j)) ? from.template get<Other>(sample(j)) : other;
     return raw;
   }
   __device__ __forceinline__ void stage(const double* items) const {
@@ -277,11 +292,11 @@ class AnyRows {
     for (int i = 0; i < kItems; ++i) shared_[place(member_ * kItems + i)] = items[i];
     __syncwarp();
   }
-  template <class Other>
-  __device__ __forceinline__ void put_as(const Samples& to, int count) const {
+  template <class Other, class E>
+  __device__ __forceinline__ void put_as(const Samples& to, const E& extent) const {
 #pragma unroll
     for (int j = 0; j < kItems; ++j)
-      if (sample(j) < count)
+      if (extent.has(sample(j)))
         to.template set<Other>(sample(j), shared_[place(j * kLanes + member_)]);
   }
 
@@ -294,6 +309,7 @@ template <class Storage, int kOwn>
 class Columns {
  public:
   static constexpr int kTeam = kBlockWarps, kRows = kWarp, kItems = kOwn, kUnit = 1;
+  static constexpr bool kAligned = false;
   static constexpr bool kScattered = false;
   using Scan = MapScan<1, kBlockWarps, kRows>;
   struct Raw {
@@ -301,60 +317,77 @@ class Columns {
   };
   struct Shared {};
 
+  template <bool kBackward>
+  using Moves = Columns;
+
   __device__ explicit Columns(Shared&) {}
 
   static __device__ __forceinline__ int row() { return threadIdx.x % kWarp; }
   static __device__ __forceinline__ int rank() { return threadIdx.x / kWarp; }
 
-  __device__ __forceinline__ Raw fetch(const Samples& from, int count) const {
-    return fetch_as<Storage>(from, count);
+  template <class E>
+  __device__ __forceinline__ Raw fetch(const Samples& from, const E& extent, float other) const {
+    return fetch_as<Storage>(from, extent, other);
   }
-  __device__ __forceinline__ Raw fetch_any(const Samples& from, int count) const {
+  template <class E>
+  __device__ __forceinline__ Raw fetch_any(const Samples& from, const E& extent,
+                                           float other) const {
     Raw raw;
     with_storage(from.view.dtype,
-                 [&](auto storage) { raw = fetch_as<decltype(storage)>(from, count); });
+                 [&](auto storage) { raw = fetch_as<decltype(storage)>(from, extent, other); });
     return raw;
   }
-  __device__ __forceinline__ Raw fetch_next(const Samples& from, int count) const {
-    return fetch(Samples(from.view, from.first, 1), count - 1);
+  template <class E>
+  __device__ __forceinline__ Raw fetch_next(const Samples& from, const E& extent) const {
+    return fetch({from.view, from.row, from.first + 1}, extent.next(), 0);
   }
 
-  __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from,
-                                             double* to) const {
-    spread(raw, from, to);
+  template <class E>
+  __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from, const E& extent,
+                                             float other, double* to) const {
+    spread(raw, from, extent, other, to);
   }
-  __device__ __forceinline__ void spread(const Raw& raw, const Samples&, double* to) const {
+  template <class E>
+  __device__ __forceinline__ void spread(const Raw& raw, const Samples&, const E&, float,
+                                         double* to) const {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) to[i] = raw.samples[i];
   }
-  __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from, int,
+  template <class E>
+  __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from, const E& extent,
                                               double* to) const {
-    spread(raw, from, to);
+    spread(raw, from, extent, 0, to);
   }
 
-  __device__ __forceinline__ void put(const double* items, const Samples& to, int count) const {
-    put_as<Storage>(items, to, count);
+  template <class E>
+  __device__ __forceinline__ void put(const double* items, const Samples& to,
+                                      const E& extent) const {
+    put_as<Storage>(items, to, extent);
   }
-  __device__ __forceinline__ void put_any(const double* items, const Samples& to, int count) const {
-    with_storage(to.view.dtype, [&](auto storage) { put_as<decltype(storage)>(items, to, count); });
+  template <class E>
+  __device__ __forceinline__ void put_any(const double* items, const Samples& to,
+                                          const E& extent) const {
+    with_storage(to.view.dtype,
+                 [&](auto storage) { put_as<decltype(storage)>(items, to, extent); });
   }
 
  private:
   static __device__ __forceinline__ int sample(int i) { return rank() * kItems + i; }
 
-  template <class Other>
-  __device__ __forceinline__ Raw fetch_as(const Samples& from, int count) const {
+  template <class Other, class E>
+  __device__ __forceinline__ Raw fetch_as(const Samples& from, const E& extent, float other) const {
     Raw raw;
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
-      raw.samples[i] = sample(i) < count ? from.template get<Other>(sample(i)) : 0;
+      raw.samples[i] = extent.has(sample(i)) ? from.template get<Other>(sample(i)) : other;
     return raw;
   }
-  template <class Other>
-  __device__ __forceinline__ void put_as(const double* items, const Samples& to, int count) const {
+  template <class Other, class E>
+  __device__ __forceinline__ void put_as(const double* items, const Samples& to,
+                                         const E& extent) const {
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
-      if (sample(i) < count) to.template set<Other>(sample(i), items[i]);
+      if (extent.has(sample(i))) to.template set<Other>(sample(i), items[i]);
   }
 };
 
