@@ -181,7 +181,7 @@ def main_loop(code: list[Instruction]) -> MainLoop:
 def _moves(trip: Trip, loop: Loop) -> tuple[int, ...]:
     """What the main loop has most of."""
     repeats = not loop.is_kernel
-    return trip.wide, trip.wide > 0 and repeats, trip.bytes, repeats
+    return trip.wide, trip.wide > 0 and repeats, 0 if trip.wide else trip.bytes, repeats
 
 
 def _blocks(code: list[Instruction]) -> dict[int, Block]:

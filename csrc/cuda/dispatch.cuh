@@ -214,6 +214,11 @@ struct Dispatch {
     return error;
   }
 
+  template <class S, int kTeam, int kItems>
+  using Forward = AlignedRows<S, kTeam, kItems, false>;
+  template <class S, int kTeam, int kItems>
+  using Backward = AlignedRows<S, kTeam, kItems, true>;
+
   template <bool kAdjoint>
   static cudaError_t varying(const Scan& scan, const Plan& plan, void* workspace,
                              cudaStream_t stream) {
@@ -224,9 +229,11 @@ struct Dispatch {
       case Strategy::kSplitVaryingColumns:
         return varying_by<Side, kAdjoint, true>(scan, plan, workspace, stream);
       default:
-        return plan.aligned
-                   ? varying_rows<AlignedRows, true, kAdjoint>(scan, plan, workspace, stream)
-                   : varying_rows<AnyRows, false, kAdjoint>(scan, plan, workspace, stream);
+        if (!plan.aligned)
+          return varying_rows<AnyRows, false, kAdjoint>(scan, plan, workspace, stream);
+        return scan.x.time_stride < 0
+                   ? varying_rows<Backward, true, kAdjoint>(scan, plan, workspace, stream)
+                   : varying_rows<Forward, true, kAdjoint>(scan, plan, workspace, stream);
     }
   }
 
@@ -259,7 +266,8 @@ struct Dispatch {
       arguments.messages = parts.messages(workspace);
       arguments.sums = parts.sums(workspace);
     }
-    return launch<Kernel>({plan.blocks, stream}, arguments);
+    const int64_t blocks = kSplit ? std::min(plan.blocks, kSplitBlocks) : plan.blocks;
+    return launch<Kernel>({blocks, stream}, arguments);
   }
 
   template <class Kernel>

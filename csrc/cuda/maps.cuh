@@ -16,6 +16,11 @@ struct Map {
   }
 };
 
+__device__ __forceinline__ Map shuffle_up(const Map& map, int by, int width = kWarp) {
+  return {__shfl_up_sync(kAllLanes, map.ratio, by, width),
+          __shfl_up_sync(kAllLanes, map.drive, by, width)};
+}
+
 // Teams of kLanes neighbouring threads, times the kWarps of a block; kRows teams share the latter,
 // side by side. With kWarps > 1 all threads of the block must call.
 template <int kLanes, int kWarps, int kRows>
@@ -35,13 +40,15 @@ class MapScan {
   __device__ __forceinline__ void take(Map map) {
 #pragma unroll
     for (int by = 1; by < kLanes; by *= 2) {
-      const Map first{__shfl_up_sync(kAllLanes, map.ratio, by, kLanes),
-                      __shfl_up_sync(kAllLanes, map.drive, by, kLanes)};
+      const Map first = shuffle_up(map, by, kLanes);
       if (lane() >= by) map = map.after(first);
     }
     through_ = map;
     share(map);
   }
+
+  // Which of two places what is shared has taken.
+  __device__ __forceinline__ int turn() const { return turn_; }
 
   // The whole team's map; of teams that are blocks.
   __device__ __forceinline__ Map total() const {

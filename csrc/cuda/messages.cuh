@@ -21,17 +21,33 @@ __device__ inline void send(Message& message, double value) {
   words[1] = kMark | (bits >> 32);
 }
 
-// Waits for it. Whoever sends must have been started before: see the tickets of split_rows.cuh.
-__device__ inline double receive(const Message& message) {
-  auto* const words = static_cast<const volatile unsigned long long*>(message.words);
-  unsigned long long low, high;
+// Waits for all of them. Whoever sends must have been started before: see the tickets of
+// split_rows.cuh.
+template <int kCount>
+__device__ __forceinline__ void receive(const Message* messages, double (&values)[kCount]) {
+  unsigned long long words[kCount][2];
   for (;;) {
-    low = words[0];
-    high = words[1];
-    if ((low >> 32 & high >> 32) != 0) break;
+    unsigned long long marks = ~0ull;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      auto* const from = static_cast<const volatile unsigned long long*>(messages[i].words);
+      words[i][0] = from[0];
+      words[i][1] = from[1];
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) marks &= words[i][0] & words[i][1];
+    if (marks >> 32 != 0) break;
     __nanosleep(32);
   }
-  return __longlong_as_double(static_cast<long long>(high << 32 | (low & 0xffffffff)));
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    values[i] = __longlong_as_double(
+        static_cast<long long>(words[i][1] << 32 | (words[i][0] & 0xffffffff)));
+}
+__device__ inline double receive(const Message& message) {
+  double value[1];
+  receive(&message, value);
+  return value[0];
 }
 
 }  // namespace ema_ext::cuda

@@ -81,7 +81,7 @@ constexpr int varying_items(int64_t sample_bytes, bool aligned, bool adjoint) {
 // thirty-two samples, by sixteen of the four tensors of an adjoint or beside a look-back, and by
 // the addresses of an adjoint whose rows are moved sample by sample.
 constexpr int varying_blocks(int items, bool adjoint, bool split, bool scattered) {
-  return items > 16 || (items > 8 && (adjoint || split)) || (scattered && adjoint) ? 1 : 2;
+  return split || items > 16 || (adjoint && (items > 8 || scattered)) ? 1 : 2;
 }
 
 // Terms of a broadcast sum that a warp adds up, 128 to each lane: what it leaves behind is a

@@ -11,10 +11,9 @@
 // is not finite, nor is what follows from it; threads that find that walk the tile from its start.
 // Only an infinity within float64 makes more than one tile of a row slow: NaN stays NaN anyway.
 //
-// Few rows are split as in split_rows.cuh: a block per tile, tickets, and messages that every tile
-// folds in one order. A tile sends its map when it has it, and the y after it when it knows it.
-// Each kRanks'th tile is an anchor, from whose y the following ones fold; one whose fold is not
-// finite waits for the y of the tile before.
+// Few rows are split as in split_rows.cuh: tiles by tickets, and messages that every tile folds in
+// one order. A tile sends its map when it has it, and the y after it when it knows it; one whose
+// fold is not finite waits for the y of the tile before.
 #pragma once
 
 #include <new>
@@ -72,22 +71,23 @@ __device__ __forceinline__ double kept(double coefficient, double value) {
   return kAverage ? fma(-coefficient, value, value) : coefficient * value;
 }
 
-// What a tile of a split row tells those after it.
+// What a tile of a split row tells those after it: a map, and the y after the tile.
 struct TileMessage {
-  Message ratio, drive, y;
+  Message map[2], y;
 };
 
-template <class Storage, class Kind, bool kAdjoint, bool kSplit>
+template <class Storage, class Moves, bool kAdjoint, bool kSplit>
 struct Varying {
   static constexpr int kThreads = kBlockThreads;
   static constexpr int kMinBlocks =
-      varying_blocks(Kind::kItems, kAdjoint, kSplit, Kind::kScattered);
-  static constexpr int kItems = Kind::kItems;
-  static constexpr int kRanks = Kind::kTeam;  // threads that share a row
+      varying_blocks(Moves::kItems, kAdjoint, kSplit, Moves::kScattered);
+  static constexpr int kItems = Moves::kItems;
+  static constexpr int kRanks = Moves::kTeam;  // threads that share a row
   static constexpr int kTile = kRanks * kItems;
   static constexpr int kRows = kThreads / kRanks;  // of a block
-  static_assert(!kSplit || kRanks * Kind::kRows == kThreads);
-  static constexpr bool kWarpRow = kRanks == kWarp && Kind::kRows == 1;
+  static_assert(!kSplit || kRanks * Moves::kRows == kThreads);
+  static constexpr bool kWarpRow = kRanks == kWarp && Moves::kRows == 1;
+  static constexpr int kGroup = kWarp / 2, kBatch = kGroup * kGroup;  // tiles of a split row
 
   struct Arguments {
     Scan scan;
@@ -97,32 +97,17 @@ struct Varying {
     double* sums;                // row * tiles + tile: the gradient to a constant coefficient
   };
   struct Shared {
-    typename Kind::Shared moves;
-    typename Kind::Scan::Shared scan, history;
+    typename Moves::Shared moves;
+    typename Moves::Scan::Shared scan, history;
     Uninitialized<RowOffsets> at[kRows];
-    int64_t ticket;
+    int64_t tickets[2];
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
-    int64_t group = blockIdx.x, tile = 0;
-    if constexpr (kSplit) {
-      if (threadIdx.x == 0) shared.ticket = static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull));
-      __syncthreads();
-      group = shared.ticket / arguments.tiles;
-      tile = shared.ticket % arguments.tiles;
-    }
-    const int64_t index = group * kRows + Kind::row();
-    const bool there = index < arguments.scan.rows;
-    RowOffsets& at = shared.at[Kind::row()].value();
-    if (Kind::rank() == 0) new (&at) RowOffsets(arguments.scan, there ? index : 0);
-    __syncthreads();
-    if (kWarpRow && !there) return;  // nobody waits for it
-    const int64_t end = kSplit ? tile + 1 : arguments.tiles;
-    Varying row(arguments, shared, at, group, there);
-    if (Kind::kAligned && arguments.scan.x.time_stride < 0)
-      row.template scan_tiles<true>(shared, tile, end);
+    if constexpr (kSplit)
+      take_rows(arguments, shared);
     else
-      row.template scan_tiles<false>(shared, tile, end);
+      take_row(arguments, shared, blockIdx.x, 0);
   }
 
  private:
@@ -131,6 +116,7 @@ struct Varying {
       : arguments_(arguments),
         scan_(arguments.scan),
         group_(group),
+        messages_(arguments.messages + group * arguments.tiles * kRows + Moves::row()),
         there_(there),
         row_(scan_, at),
         maps_(shared.scan),
@@ -138,8 +124,8 @@ struct Varying {
 
   static constexpr float kNothing = -0.0f;  // an x that leaves every y as it is
 
-  static __device__ __forceinline__ int own() { return Kind::rank() * kItems; }
-  static __device__ __forceinline__ bool leads() { return Kind::rank() == 0; }
+  static __device__ __forceinline__ int own() { return Moves::rank() * kItems; }
+  static __device__ __forceinline__ bool leads() { return Moves::rank() == 0; }
 
   __device__ __forceinline__ Samples samples(const View& view, int64_t row, int64_t tile) const {
     return {view, row, tile * kTile};
@@ -151,29 +137,65 @@ struct Varying {
     return left < 0 ? 0 : left <= kTile ? static_cast<int>(left) : kTile + 1;
   }
 
-  // Every team of the block takes as many, as they wait for each other.
-  template <bool kBackward>
-  __device__ __forceinline__ void scan_tiles(Shared& shared, int64_t tile, int64_t end) {
-    const typename Kind::template Moves<kBackward> moves(shared.moves);
-    Carry carry{row_.start(), 0, 0, row_.copies_first && tile == 0 && leads()};
-    const int64_t inner_end = end < arguments_.tiles ? end : arguments_.tiles - 1;
+  // One row of each team, or their tiles from that of a ticket on. Returns the first ticket of
+  // others.
+  static __device__ __forceinline__ int64_t take_row(const Arguments& arguments, Shared& shared,
+                                                     int64_t group, int64_t ticket) {
+    const int64_t index = group * kRows + Moves::row();
+    const bool there = index < arguments.scan.rows;
+    RowOffsets& at = shared.at[Moves::row()].value();
+    if (Moves::rank() == 0) new (&at) RowOffsets(arguments.scan, there ? index : 0);
+    __syncthreads();
+    if (kWarpRow && !there) return 0;  // nobody waits for it
+    Varying row(arguments, shared, at, group, there);
+    return row.scan_tiles(shared, ticket);
+  }
+
+  // A row after the other, as tickets come.
+  static __device__ __forceinline__ void take_rows(const Arguments& arguments, Shared& shared) {
+    const int64_t groups = (arguments.scan.rows + kRows - 1) / kRows;
+    if (thread() == 0) shared.tickets[0] = next_ticket(arguments);
+    __syncthreads();
+    int64_t ticket = shared.tickets[0];
 #pragma unroll 1
-    for (; tile < inner_end; ++tile) scan_tile<true>(moves, tile, carry);
-    if (tile < end) scan_tile<false>(moves, tile++, carry);
-    finish(tile, carry);
+    while (ticket < groups * arguments.tiles) {
+      ticket = take_row(arguments, shared, ticket / arguments.tiles, ticket);
+      __syncthreads();
+    }
+  }
+  static __device__ __forceinline__ int64_t next_ticket(const Arguments& arguments) {
+    return static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull));
+  }
+
+  // Every team of the block takes as many, as they wait for each other.
+  __device__ __forceinline__ int64_t scan_tiles(Shared& shared, int64_t ticket) {
+    const Moves moves(shared.moves);
+    const int64_t begin = kSplit ? group_ * arguments_.tiles : 0, last = arguments_.tiles - 1;
+    int64_t tile = ticket - begin;
+    const double start = row_.start();
+    Carry carry{start, start, 0, 0, row_.copies_first && tile == 0 && leads()};
+#pragma unroll 1
+    while (tile < last) tile = scan_tile<true>(moves, shared, tile, carry);
+    if (tile == last) {
+      tile = scan_tile<false>(moves, shared, tile, carry);
+      finish(carry);
+    }
+    return begin + tile;
   }
 
   // From tile to tile.
   struct Carry {
-    double y;     // before the tile
-    double own;   // after the thread's samples
-    double sum;   // of the thread's gradient to a constant coefficient
-    bool copies;  // whether the thread's next sample is the row's first, to be copied
+    double start;  // before the row
+    double y;      // before the tile
+    double own;    // after the thread's samples
+    double sum;    // of the thread's gradient to a constant coefficient
+    bool copies;   // whether the thread's next sample is the row's first, to be copied
   };
 
-  // With kInner the row, if it is there, goes on after the tile.
-  template <bool kInner, class Moves>
-  __device__ __forceinline__ void scan_tile(const Moves& moves, int64_t tile, Carry& carry) {
+  // With kInner the row, if it is there, goes on after the tile. Returns the next one to take.
+  template <bool kInner>
+  __device__ __forceinline__ int64_t scan_tile(const Moves& moves, Shared& shared, int64_t tile,
+                                               Carry& carry) {
     const Extent<kTile, kInner> extent{!kInner                            ? count_from(tile)
                                        : kRows == 1 || kWarpRow || there_ ? kTile + 1
                                                                           : 0};
@@ -182,7 +204,7 @@ struct Varying {
     const auto raw_x = moves.fetch(given, extent, kNothing);
     typename Moves::Raw raw_c;
     double c[kItems], x[kItems];
-    if constexpr (kAdjoint || !Kind::kAligned) {
+    if constexpr (kAdjoint || !Moves::kAligned) {
       raw_c = moves.fetch_any(coefficients, extent, row_.neutral());
       moves.spread_any(raw_c, coefficients, extent, row_.neutral(), c);
     } else {
@@ -194,13 +216,18 @@ struct Varying {
     carry.copies = false;
     Map map;
     row_.by_op([&](auto average) { map = compose<average.value>(c, x); });
+    int64_t next = tile + 1;
+    if (kSplit && thread() == 0) shared.tickets[maps_.turn() ^ 1] = next_ticket(arguments_);
     maps_.take(map);
-    if constexpr (kSplit) carry.y = look_back(tile, carry.y);
+    if constexpr (kSplit) {
+      next = shared.tickets[maps_.turn()] - group_ * arguments_.tiles;
+      carry.y = look_back(tile, carry.start);
+    }
 
-    typename Kind::Scan::Ends y = maps_.follow(carry.y);
+    typename Moves::Scan::Ends y = maps_.follow(carry.y);
     if (!(finite(y.before) && finite(y.after)) && carry.y == carry.y)
       walk(tile, extent, carry.y, y);
-    if (kSplit && leads() && there_ && tile + 1 < arguments_.tiles) send(message(tile).y, y.after);
+    if (kSplit && kInner && leads() && (kRows == 1 || there_)) send(message(tile).y, y.after);
     carry.y = y.after;
     carry.own = y.before;
     if constexpr (!kAdjoint) {
@@ -223,6 +250,7 @@ struct Varying {
       }
     }
     moves.put(x, samples(scan_.y, row_.at.y, tile), extent);
+    return next;
   }
 
   // The map of the thread's samples. A forward's become ratios and drives.
@@ -249,7 +277,7 @@ struct Varying {
   // What the threads found by products is not to be had by them.
   template <bool kInner>
   __device__ __forceinline__ void walk(int64_t tile, const Extent<kTile, kInner>& extent,
-                                       double before, typename Kind::Scan::Ends& y) const {
+                                       double before, typename Moves::Scan::Ends& y) const {
     const int count = extent.whole() ? kTile : extent.count;
     const int mine = own() < count ? own() : count;
 #pragma unroll 1
@@ -274,15 +302,15 @@ struct Varying {
     if constexpr (kInner) return;
     const int first = own_first(extent.count);
 #pragma unroll
-    for (int i = Kind::kUnit - 1; i < kItems; i += Kind::kUnit)  // where a row may end
+    for (int i = Moves::kUnit - 1; i < kItems; i += Moves::kUnit)  // where a row may end
       if (i == first) f(i);
   }
 
   // The gradient to each sample's coefficient, or their sum where it is constant.
-  template <bool kInner, class Moves>
+  template <bool kInner>
   __device__ __forceinline__ void to_coefficient(const Moves& moves, int64_t tile,
                                                  const Extent<kTile, kInner>& extent,
-                                                 const double* lambda, double& sum) const {
+                                                 const double* lambda, double& sum) {
     const Samples forward_x = samples(scan_.forward_x, row_.at.forward_x, tile);
     const Samples forward_y = samples(scan_.forward_y, row_.at.forward_y, tile);
     const auto raw_y = moves.fetch_next(forward_y, extent);
@@ -309,53 +337,108 @@ struct Varying {
 #pragma unroll
       for (int i = 0; i < kItems; ++i)
         if (kInner || i <= first) sum += by[i];
+      if constexpr (kSplit) {
+        sum = maps_.sum(sum);
+        if (there_ && leads())
+          arguments_.sums[(group_ * kRows + Moves::row()) * arguments_.tiles + tile] = sum;
+        sum = 0;
+      }
     }
   }
 
   // Folds what the tiles before sent, and sends this one's map; the y before this tile.
   __device__ __forceinline__ double look_back(int64_t tile, double start) {
-    if (leads() && there_ && tile % kRanks != 0 && tile + 1 < arguments_.tiles) {
-      const Map total = maps_.total();
-      send(message(tile).ratio, total.ratio);
-      send(message(tile).drive, total.drive);
-    }
+    if constexpr (kRows == 1)
+      return fold_groups(tile, start);
+    else
+      return fold_anchored(tile, start);
+  }
+
+  // As split_rows.cuh: each warp folds the y after a batch, the maps of the groups since and those
+  // of the group's tiles.
+  __device__ __forceinline__ double fold_groups(int64_t tile, double start) {
+    TileMessage* const mine = &message(tile);
+    const int i = static_cast<int>(tile) & (kGroup - 1);
+    const int g = static_cast<int>(tile) / kGroup & (kGroup - 1);
+    const bool sends = thread() == kWarp - 1, ends_group = i == kGroup - 1;
+    Map total;
+    if (sends) total = maps_.total();
+    if (sends && !ends_group) send_map(*mine, total);
+
+    // The lanes in order of time: the batch and groups, then in the upper half tiles.
+    const int lane = thread() % kWarp, between = kGroup - 1 - lane % kGroup;
+    const bool of_tile = lane >= kGroup, of_batch = !of_tile && between == g;
+    const int hops = of_tile ? between + 1 : between * kGroup + i + 1;
+    Map map;
+    if (of_batch)
+      map = {0, hops <= tile ? receive(mine[-hops].y) : start};
+    else if (between < (of_tile ? i : g))
+      map = receive_map(mine[-hops]);
+    const double batch = map.drive;
+#pragma unroll
+    for (int by = 1; by < kGroup; by *= 2) map = map.after(shuffle_up(map, by));
+    const double groups = __shfl_sync(kAllLanes, map.drive, kGroup - 1);
+    if (sends && ends_group) send_map(*mine, total.after(map));
+    const double before = __shfl_sync(kAllLanes, map(groups), kWarp - 1);
+    if (finite(before)) return before;
+    const double oldest = __shfl_sync(kAllLanes, batch, kGroup - 1 - g);
+    return tile == 0 || oldest != oldest ? oldest : receive(mine[-1].y);
+  }
+
+  // Rows side by side: each rank has a message of its row. Each kRanks'th tile is an anchor, from
+  // whose y the following ones fold.
+  __device__ __forceinline__ double fold_anchored(int64_t tile, double start) {
+    if (leads() && there_ && tile % kRanks != 0 && tile + 1 < arguments_.tiles)
+      send_map(message(tile), maps_.total());
     if (tile == 0) return start;
-    const int64_t anchor = (tile - 1) / kRanks * kRanks, from = anchor + Kind::rank();
+    const int64_t anchor = (tile - 1) / kRanks * kRanks, from = anchor + Moves::rank();
     Map map;
     if (there_ && from < tile)
-      map = from == anchor ? Map{0, receive(message(from).y)}
-                           : Map{receive(message(from).ratio), receive(message(from).drive)};
+      map = from == anchor ? Map{0, receive(message(from).y)} : receive_map(message(from));
     history_.take(map);
     const double before = history_.follow(0).after;
     if (finite(before) || !there_) return before;
     const double y = receive(message(anchor).y);
     return y == y ? receive(message(tile - 1).y) : y;
   }
+
+  static __device__ __forceinline__ void send_map(TileMessage& message, const Map& map) {
+    send(message.map[0], map.ratio);
+    send(message.map[1], map.drive);
+  }
+  static __device__ __forceinline__ Map receive_map(const TileMessage& message) {
+    double values[2];
+    receive(message.map, values);
+    return {values[0], values[1]};
+  }
   __device__ __forceinline__ TileMessage& message(int64_t tile) const {
-    return arguments_.messages[(group_ * arguments_.tiles + tile) * kRows + Kind::row()];
+    return messages_[tile * kRows];
   }
 
-  // After the tiles before `end`. The thread that has the row's last sample knows the state: what
-  // is read beyond it left y as it was.
-  __device__ __forceinline__ void finish(int64_t end, const Carry& carry) {
-    const int last = own_first(count_from(end - 1));
+  // Whether the gradient to a coefficient is a sum over time.
+  __device__ __forceinline__ bool sums_over_time() const {
+    return kAdjoint && !scan_.varying && scan_.grad_coefficient.data != nullptr;
+  }
+
+  // After the last tile. The thread that has the row's last sample knows the state: what is read
+  // beyond it left y as it was.
+  __device__ __forceinline__ void finish(const Carry& carry) {
+    const int last = own_first(count_from(arguments_.tiles - 1));
     if (last >= 0 && last < kItems && scan_.state.data != nullptr)
       write(scan_.state.data, scan_.state.dtype, row_.at.state, carry.own);
-    if (!kAdjoint || scan_.varying || scan_.grad_coefficient.data == nullptr) return;
+    if (kSplit || !sums_over_time()) return;
     const double sum = maps_.sum(carry.sum);
-    if (!there_ || !leads()) return;
-    if (kSplit)
-      arguments_.sums[(group_ * kRows + Kind::row()) * arguments_.tiles + end - 1] = sum;
-    else
+    if (there_ && leads())
       write(scan_.grad_coefficient.data, Dtype::kFloat64, row_.at.grad_coefficient, sum);
   }
 
   const Arguments& arguments_;
   const Scan& scan_;
   const int64_t group_;
+  TileMessage* const messages_;  // of the row's first tile
   const bool there_;
   const VaryingRow<Storage, kAdjoint> row_;
-  typename Kind::Scan maps_, history_;
+  typename Moves::Scan maps_, history_;
 };
 
 }  // namespace ema_ext::cuda

@@ -1,13 +1,12 @@
 // Samples of a coefficient that varies in time, and of what goes with it, between global memory and
 // the kItems consecutive samples of a thread, as float64.
 //
-// Three kinds, of which each has
+// Three ways, of which each has
 //   kTeam     threads per row, in ranks along time; kRows, rows of a block
-//   Moves     how they move, with or against memory's order where the kind tells these apart:
-//     Raw     a tensor's samples on their way
-//     fetch   from a tensor of Storage's dtype, or (fetch_any) of any
-//     spread  to the threads' own samples; beyond the row they are `other`
-//     put     to a tensor of Storage's dtype, or (put_any) of any
+//   Raw       a tensor's samples on their way
+//   fetch     from a tensor of Storage's dtype, or (fetch_any) of any
+//   spread    to the threads' own samples; beyond the row they are `other`
+//   put       to a tensor of Storage's dtype, or (put_any) of any
 // whose samples n are those from the team's tile on, of which the row has an Extent. Rows end where
 // a multiple of kUnit samples does. fetch_next and spread_next get the sample after each.
 #pragma once
@@ -64,9 +63,11 @@ struct Samples {
 };
 
 // Rows whose chunks lie on multiples of 16 bytes, along time, in every tensor; the length is a
-// multiple of a chunk. A coefficient that is constant has a time stride of 0 and any dtype.
-template <class Storage_, int kThreads, int kOwn>
-struct AlignedRows {
+// multiple of a chunk; kBackward: time runs against memory. A coefficient that is constant has a
+// time stride of 0 and any dtype.
+template <class Storage_, int kThreads, int kOwn, bool kBackward>
+class AlignedRows {
+ public:
   // As a Tiling, for Stage.
   using Storage = Storage_;
   using Sample = typename Storage::Sample;
@@ -87,110 +88,105 @@ struct AlignedRows {
   static __device__ __forceinline__ int row() { return thread() / kTeam; }
   static __device__ __forceinline__ int rank() { return thread() % kTeam; }
 
-  template <bool kBackward>
-  class Moves {
-   public:
-    using Mover = Stage<AlignedRows, kBackward>;
-    using Raw = typename Mover::Raw;
+  using Mover = Stage<AlignedRows, kBackward>;
+  using Raw = typename Mover::Raw;
 
-    __device__ __forceinline__ explicit Moves(Shared& shared)
-        : stage_(shared.stage[thread() / kWarp]) {}
+  __device__ __forceinline__ explicit AlignedRows(Shared& shared)
+      : stage_(shared.stage[thread() / kWarp]) {}
 
-    template <class E>
-    __device__ __forceinline__ Raw fetch(const Samples& from, const E& extent, float = 0) const {
-      return fetch_if(extent.whole(), from, extent);
-    }
-    template <class E>
-    __device__ __forceinline__ Raw fetch_any(const Samples& from, const E& extent, float) const {
-      return fetch_if(extent.whole() && from.view.time_stride != 0, from, extent);
-    }
-    template <class E>
-    __device__ __forceinline__ Raw fetch_next(const Samples& from, const E& extent) const {
-      return fetch(from, extent);
-    }
+  template <class E>
+  __device__ __forceinline__ Raw fetch(const Samples& from, const E& extent, float = 0) const {
+    return fetch_if(extent.whole(), from, extent);
+  }
+  template <class E>
+  __device__ __forceinline__ Raw fetch_any(const Samples& from, const E& extent, float) const {
+    return fetch_if(extent.whole() && from.view.time_stride != 0, from, extent);
+  }
+  template <class E>
+  __device__ __forceinline__ Raw fetch_next(const Samples& from, const E& extent) const {
+    return fetch(from, extent);
+  }
 
-    template <class E>
-    __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from, const E& extent,
-                                               float other, double* to) const {
-      if (from.view.time_stride != 0) return spread(raw, from, extent, other, to);
-      const double value = read(from.view.data, from.view.dtype, from.row);
+  template <class E>
+  __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from, const E& extent,
+                                             float other, double* to) const {
+    if (from.view.time_stride != 0) return spread(raw, from, extent, other, to);
+    const double value = read(from.view.data, from.view.dtype, from.row);
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) to[i] = value;
+    for (int i = 0; i < kItems; ++i) to[i] = value;
+  }
+  template <class E>
+  __device__ __forceinline__ void spread(const Raw& raw, const Samples& from, const E& extent,
+                                         float other, double* to) const {
+    stage_.spread(run(from), extent.whole(), chunks(extent.count), raw);
+    if (!extent.whole()) {
+      const int mine = extent.count / kSamples - rank() * kChunks;
+      clear<AlignedRows>(stage_, mine > 0 ? mine : 0, other);
     }
-    template <class E>
-    __device__ __forceinline__ void spread(const Raw& raw, const Samples& from, const E& extent,
-                                           float other, double* to) const {
-      stage_.spread(run(from), extent.whole(), chunks(extent.count), raw);
-      if (!extent.whole()) {
-        const int mine = extent.count / kSamples - rank() * kChunks;
-        clear<AlignedRows>(stage_, mine > 0 ? mine : 0, other);
-      }
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        Acc items[kSamples];
-        stage_.get(c, items);
+    for (int c = 0; c < kChunks; ++c) {
+      Acc items[kSamples];
+      stage_.get(c, items);
 #pragma unroll
-        for (int i = 0; i < kSamples; ++i) to[c * kSamples + i] = items[i];
-      }
+      for (int i = 0; i < kSamples; ++i) to[c * kSamples + i] = items[i];
     }
+  }
 
-    // The last of the lanes' is read once more, where it is not of this team's tile or warp.
-    template <class E>
-    __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from,
-                                                const E& extent, double* to) const {
-      spread(raw, from, extent, 0, to);
-      const double next = __shfl_down_sync(kAllLanes, to[0], 1, kLanes);
-      const int n = (rank() + 1) * kItems;
+  // The last of the lanes' is read once more, where it is not of this team's tile or warp.
+  template <class E>
+  __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from, const E& extent,
+                                              double* to) const {
+    spread(raw, from, extent, 0, to);
+    const double next = __shfl_down_sync(kAllLanes, to[0], 1, kLanes);
+    const int n = (rank() + 1) * kItems;
 #pragma unroll
-      for (int i = 1; i < kItems; ++i) to[i - 1] = to[i];
-      to[kItems - 1] = next;
-      if (thread() % kLanes == kLanes - 1 && extent.has(n))
-        to[kItems - 1] = from.template get<Storage>(n);
-    }
+    for (int i = 1; i < kItems; ++i) to[i - 1] = to[i];
+    to[kItems - 1] = next;
+    if (thread() % kLanes == kLanes - 1 && extent.has(n))
+      to[kItems - 1] = from.template get<Storage>(n);
+  }
 
-    template <class E>
-    __device__ __forceinline__ void put(const double* items, const Samples& to,
-                                        const E& extent) const {
-      __syncwarp();  // some may still be at a tensor before
+  template <class E>
+  __device__ __forceinline__ void put(const double* items, const Samples& to,
+                                      const E& extent) const {
+    __syncwarp();  // some may still be at a tensor before
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        Acc values[kSamples];
+    for (int c = 0; c < kChunks; ++c) {
+      Acc values[kSamples];
 #pragma unroll
-        for (int i = 0; i < kSamples; ++i) values[i] = static_cast<Acc>(items[c * kSamples + i]);
-        stage_.set(c, values);
-      }
-      const bool whole = extent.whole() && (kLanes == kWarp || extent.any());
-      stage_.put(run(to), whole, whole ? kTile : chunks(extent.count));
+      for (int i = 0; i < kSamples; ++i) values[i] = static_cast<Acc>(items[c * kSamples + i]);
+      stage_.set(c, values);
     }
-    template <class E>
-    __device__ __forceinline__ void put_any(const double* items, const Samples& to,
-                                            const E& extent) const {
-      put(items, to, extent);
-    }
+    const bool whole = extent.whole() && (kLanes == kWarp || extent.any());
+    stage_.put(run(to), whole, whole ? kTile : chunks(extent.count));
+  }
+  template <class E>
+  __device__ __forceinline__ void put_any(const double* items, const Samples& to,
+                                          const E& extent) const {
+    put(items, to, extent);
+  }
 
-   private:
-    // Of rows that are not there, beside others in the warp, zeros.
-    template <class E>
-    __device__ __forceinline__ Raw fetch_if(bool whole, const Samples& from,
-                                            const E& extent) const {
-      if constexpr (kLanes == kWarp) return stage_.fetch(run(from), whole);
-      Raw raw;
+ private:
+  // Of rows that are not there, beside others in the warp, zeros.
+  template <class E>
+  __device__ __forceinline__ Raw fetch_if(bool whole, const Samples& from, const E& extent) const {
+    if constexpr (kLanes == kWarp) return stage_.fetch(run(from), whole);
+    Raw raw;
 #pragma unroll
-      for (uint4& chunk : raw.chunks) chunk = {0, 0, 0, 0};
-      return whole && extent.any() ? stage_.fetch(run(from), true) : raw;
-    }
-    // Of this warp's share of the tile, or the team's if it is smaller.
-    static __device__ __forceinline__ int chunks(int count) {
-      return count / kSamples - rank() / kLanes * kWarpChunks;
-    }
-    __device__ __forceinline__ Run<Sample> run(const Samples& of) const {
-      const int64_t n = of.first + rank() / kLanes * (kWarpChunks * kSamples);
-      Sample* const begin = static_cast<Sample*>(of.view.data) + of.row;
-      return stage_.run(kBackward ? begin - n : begin + n, kBackward ? -1 : 1);
-    }
+    for (uint4& chunk : raw.chunks) chunk = {0, 0, 0, 0};
+    return whole && extent.any() ? stage_.fetch(run(from), true) : raw;
+  }
+  // Of this warp's share of the tile, or the team's if it is smaller.
+  static __device__ __forceinline__ int chunks(int count) {
+    return count / kSamples - rank() / kLanes * kWarpChunks;
+  }
+  __device__ __forceinline__ Run<Sample> run(const Samples& of) const {
+    const int64_t n = of.first + rank() / kLanes * (kWarpChunks * kSamples);
+    Sample* const begin = static_cast<Sample*>(of.view.data) + of.row;
+    return stage_.run(kBackward ? begin - n : begin + n, kBackward ? -1 : 1);
+  }
 
-    const Mover stage_;
-  };
+  const Mover stage_;
 };
 
 // Rows of any strides and of a coefficient of any dtype, sample by sample, neighbouring threads
@@ -209,9 +205,6 @@ class AnyRows {
   struct Shared {
     double samples[kBlockWarps][kWarp * (kItems + 1)];
   };
-
-  template <bool kBackward>
-  using Moves = AnyRows;
 
   __device__ explicit AnyRows(Shared& shared)
       : shared_(shared.samples[threadIdx.x / kWarp] +
@@ -316,9 +309,6 @@ class Columns {
     double samples[kItems];
   };
   struct Shared {};
-
-  template <bool kBackward>
-  using Moves = Columns;
 
   __device__ explicit Columns(Shared&) {}
 
