@@ -222,7 +222,8 @@ struct Dispatch {
   template <bool kAdjoint>
   static cudaError_t varying(const Scan& scan, const Plan& plan, void* workspace,
                              cudaStream_t stream) {
-    using Side = Columns<Storage, varying_items(sizeof(typename Storage::Sample), false, kAdjoint)>;
+    using Side =
+        Columns<Storage, varying_items(sizeof(typename Storage::Sample), false, kAdjoint, false)>;
     switch (plan.strategy) {
       case Strategy::kVaryingColumns:
         return varying_by<Side, kAdjoint, false>(scan, plan, workspace, stream);
@@ -240,10 +241,12 @@ struct Dispatch {
   template <template <class, int, int> class Rows, bool kAligned, bool kAdjoint>
   static cudaError_t varying_rows(const Scan& scan, const Plan& plan, void* workspace,
                                   cudaStream_t stream) {
-    constexpr int kItems = varying_items(sizeof(typename Storage::Sample), kAligned, kAdjoint);
-    using Block = Rows<Storage, kBlockThreads, kItems>;
+    constexpr int64_t kBytes = sizeof(typename Storage::Sample);
+    constexpr int kItems = varying_items(kBytes, kAligned, kAdjoint, false);
+    constexpr int kSplitItems = varying_items(kBytes, kAligned, kAdjoint, true);
     if (is_split_varying(plan))
-      return varying_by<Block, kAdjoint, true>(scan, plan, workspace, stream);
+      return varying_by<Rows<Storage, kBlockThreads, kSplitItems>, kAdjoint, true>(
+          scan, plan, workspace, stream);
     switch (plan.team) {
       case 8:
         return varying_by<Rows<Storage, 8, kItems>, kAdjoint, false>(scan, plan, workspace, stream);
@@ -251,7 +254,8 @@ struct Dispatch {
         return varying_by<Rows<Storage, 32, kItems>, kAdjoint, false>(scan, plan, workspace,
                                                                       stream);
       default:
-        return varying_by<Block, kAdjoint, false>(scan, plan, workspace, stream);
+        return varying_by<Rows<Storage, kBlockThreads, kItems>, kAdjoint, false>(scan, plan,
+                                                                                 workspace, stream);
     }
   }
 

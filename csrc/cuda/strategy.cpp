@@ -104,10 +104,12 @@ bool is_varying_aligned(const Scan& scan) {
 Plan varying_plan(const Scan& scan, const Device& device) {
   const bool columns = touch(scan);
   const bool aligned = !columns && is_varying_aligned(scan);
-  const int items = varying_items(bytes_of(scan.x.dtype), aligned, is_adjoint(scan.op));
+  const auto items_of = [&](bool split) {
+    return varying_items(bytes_of(scan.x.dtype), aligned, is_adjoint(scan.op), split);
+  };
   const int64_t threads = columns ? kBlockWarps : kBlockThreads;  // along time
   const int64_t groups = ceil_div(scan.rows, kBlockThreads / threads);
-  const int64_t tiles = ceil_div(scan.length, threads * items);
+  const int64_t tiles = ceil_div(scan.length, threads * items_of(true));
   const bool split =
       groups < kRowsPerMultiprocessor * device.multiprocessors && tiles >= kSplitTiles;
   if (split)
@@ -118,7 +120,7 @@ Plan varying_plan(const Scan& scan, const Device& device) {
             tiles,
             0};
   if (columns) return {Strategy::kVaryingColumns, 0, false, groups, tiles, 0};
-  const int team = rows_team(scan, items, device);
+  const int items = items_of(false), team = rows_team(scan, items, device);
   return {Strategy::kVaryingRows,
           team,
           aligned,

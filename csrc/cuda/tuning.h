@@ -70,16 +70,17 @@ constexpr int64_t kLaneLookBack = 8;
 
 // Coefficients that vary in time: samples of a thread, as float64 of which two tensors are held at
 // once, and an adjoint's four. Sixteen share what a scan costs per thread where 16 bytes hold more
-// than two, thirty-two where they hold eight and there are registers; what is moved sample by
-// sample is slower by more than that.
-constexpr int varying_items(int64_t sample_bytes, bool aligned, bool adjoint) {
-  if (!aligned || sample_bytes == 8) return 8;
-  return sample_bytes == 2 && !adjoint ? 32 : 16;
+// than two; twice as many where they hold eight, or beside a look-back, and there are registers.
+// What is moved sample by sample is slower by more than that.
+constexpr int varying_items(int64_t sample_bytes, bool aligned, bool adjoint, bool split) {
+  if (!aligned) return 8;
+  const bool twice = !adjoint && (split || sample_bytes == 2);
+  return (sample_bytes == 8 ? 8 : 16) * (twice ? 2 : 1);
 }
 
 // Blocks per multiprocessor, which leave 128 registers a thread, or 255 where they are needed: by
-// thirty-two samples, by sixteen of the four tensors of an adjoint or beside a look-back, and by
-// the addresses of an adjoint whose rows are moved sample by sample.
+// thirty-two samples, by sixteen of the four tensors of an adjoint, beside a look-back, and by the
+// addresses of an adjoint whose rows are moved sample by sample.
 constexpr int varying_blocks(int items, bool adjoint, bool split, bool scattered) {
   return split || items > 16 || (adjoint && (items > 8 || scattered)) ? 1 : 2;
 }

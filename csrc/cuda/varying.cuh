@@ -100,6 +100,7 @@ struct Varying {
     typename Moves::Shared moves;
     typename Moves::Scan::Shared scan, history;
     Uninitialized<RowOffsets> at[kRows];
+    double starts[kRows];  // before the rows
     int64_t tickets[2];
   };
 
@@ -144,7 +145,10 @@ struct Varying {
     const int64_t index = group * kRows + Moves::row();
     const bool there = index < arguments.scan.rows;
     RowOffsets& at = shared.at[Moves::row()].value();
-    if (Moves::rank() == 0) new (&at) RowOffsets(arguments.scan, there ? index : 0);
+    if (Moves::rank() == 0) {
+      new (&at) RowOffsets(arguments.scan, there ? index : 0);
+      shared.starts[Moves::row()] = VaryingRow<Storage, kAdjoint>(arguments.scan, at).start();
+    }
     __syncthreads();
     if (kWarpRow && !there) return 0;  // nobody waits for it
     Varying row(arguments, shared, at, group, there);
@@ -172,8 +176,7 @@ struct Varying {
     const Moves moves(shared.moves);
     const int64_t begin = kSplit ? group_ * arguments_.tiles : 0, last = arguments_.tiles - 1;
     int64_t tile = ticket - begin;
-    const double start = row_.start();
-    Carry carry{start, start, 0, 0, row_.copies_first && tile == 0 && leads()};
+    Carry carry{shared.starts[Moves::row()], 0, 0, row_.copies_first && tile == 0 && leads()};
 #pragma unroll 1
     while (tile < last) tile = scan_tile<true>(moves, shared, tile, carry);
     if (tile == last) {
@@ -185,11 +188,10 @@ struct Varying {
 
   // From tile to tile.
   struct Carry {
-    double start;  // before the row
-    double y;      // before the tile
-    double own;    // after the thread's samples
-    double sum;    // of the thread's gradient to a constant coefficient
-    bool copies;   // whether the thread's next sample is the row's first, to be copied
+    double y;     // before the tile
+    double own;   // after the thread's samples
+    double sum;   // of the thread's gradient to a constant coefficient
+    bool copies;  // whether the thread's next sample is the row's first, to be copied
   };
 
   // With kInner the row, if it is there, goes on after the tile. Returns the next one to take.
@@ -221,7 +223,7 @@ struct Varying {
     maps_.take(map);
     if constexpr (kSplit) {
       next = shared.tickets[maps_.turn()] - group_ * arguments_.tiles;
-      carry.y = look_back(tile, carry.start);
+      carry.y = look_back(tile, shared.starts[Moves::row()]);
     }
 
     typename Moves::Scan::Ends y = maps_.follow(carry.y);
@@ -347,7 +349,7 @@ struct Varying {
   }
 
   // Folds what the tiles before sent, and sends this one's map; the y before this tile.
-  __device__ __forceinline__ double look_back(int64_t tile, double start) {
+  __device__ __forceinline__ double look_back(int64_t tile, const double& start) {
     if constexpr (kRows == 1)
       return fold_groups(tile, start);
     else
@@ -356,7 +358,7 @@ struct Varying {
 
   // As split_rows.cuh: each warp folds the y after a batch, the maps of the groups since and those
   // of the group's tiles.
-  __device__ __forceinline__ double fold_groups(int64_t tile, double start) {
+  __device__ __forceinline__ double fold_groups(int64_t tile, const double& start) {
     TileMessage* const mine = &message(tile);
     const int i = static_cast<int>(tile) & (kGroup - 1);
     const int g = static_cast<int>(tile) / kGroup & (kGroup - 1);
@@ -387,7 +389,7 @@ struct Varying {
 
   // Rows side by side: each rank has a message of its row. Each kRanks'th tile is an anchor, from
   // whose y the following ones fold.
-  __device__ __forceinline__ double fold_anchored(int64_t tile, double start) {
+  __device__ __forceinline__ double fold_anchored(int64_t tile, const double& start) {
     if (leads() && there_ && tile % kRanks != 0 && tile + 1 < arguments_.tiles)
       send_map(message(tile), maps_.total());
     if (tile == 0) return start;
