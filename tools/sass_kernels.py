@@ -47,14 +47,13 @@ GRADIENT = (
     "and x runs through the average too, with registers for half as many samples to share a scan"
 )
 SPLIT = "each tile folds 31 messages, in every warp, so that one barrier does"
-VARYING = "maps of two float64 are composed, scanned over the team and followed, sample by sample"
+VARYING = "a coefficient per sample is used in float64, to which each sample is converted"
 NEXT = "besides, y of the stretch of lanes behind, and a coefficient that is constant"
-SPLIT_VARYING = "a tile a trip, with all that it knows of its row, its ticket and its look-back"
-LANES = (
-    "each row is joined over warps by itself, and look-back and alpha's sums take a barrier each"
-)
-HALVES = f"{LANES}; {SAMPLES}; nvcc stores bfloat16 for 7.5 by words"
-WIDE_LANES = f"{LANES}; half as many samples of float64 share that; nvcc stores them one by one"
+FOLD = "each tile folds 31 maps, in every warp, so that one barrier does"
+JOINED = "the first slot carries the states on, and what is joined over warps takes loops"
+LOOK_BACK = "a tile a block, whose look-back takes a barrier"
+SUMS = "alpha's sums take a barrier, and x runs through the average too"
+PIECES = "nvcc stores bfloat16 for 7.5 by words, and some of float64 one by one"
 
 
 #: Loops in a trip of tiles that few enter: they scan once more what is not finite or whose powers
@@ -94,59 +93,54 @@ def split(kind: str, forward: float, backward: float) -> Iterator[Expected]:
 def varying(
     kind: str,
     items: int,
-    forward: dict[int, float],
-    backward: dict[int, float],
-    split: tuple[float, float],
+    forward: tuple[float, float] = (MOST_PER_BYTE, MOST_PER_BYTE),
+    backward: tuple[float, float] = (MOST_PER_BYTE, MOST_PER_BYTE),
 ) -> Iterator[Expected]:
-    """Varying of one dtype: ceilings of the aligned by threads per row, and of a split row's."""
+    """Varying of one dtype, `items` a thread where not twice as many: ceilings of the aligned, by
+    rows and of split rows.
+    """
+    halves = kind not in STORAGES[:2]
     for adjoint, ceilings in ((False, forward), (True, backward)):
-        row = f"Varying<{kind}, AlignedRows<{kind}, "
-        for team in (8, 32, 256):
-            ceiling = ceilings[team]
+        for is_split, ceiling in zip((False, True), ceilings, strict=True):
+            own = 2 * items if not adjoint and (is_split or halves) else items
+            reasons = [VARYING, SAMPLES] * (ceiling > MOST_PER_BYTE) + [FOLD] * is_split
             yield Expected(
-                f"{row}{team}, {items}>, {str(adjoint).lower()}, false>",
+                f"Varying<{kind}, AlignedRows<{kind}, {'256' if is_split else '{8,32,256}'}, "
+                f"{own}, {{false,true}}>, {str(adjoint).lower()}, {str(is_split).lower()}>",
                 aligned=True,
                 moves=(2, 1),
-                narrow=3 * adjoint,
+                narrow=2 * adjoint,
                 per_byte=ceiling,
-                why="; ".join([VARYING] * (ceiling > MOST_PER_BYTE) + [NEXT] * adjoint),
+                why="; ".join(reasons + [NEXT] * adjoint),
             )
-        yield Expected(
-            f"{row}256, {items}>, {str(adjoint).lower()}, true>",
-            aligned=True,
-            moves=(2, 1),
-            narrow=2 + 6 * adjoint,
-            barriers=4 + adjoint,
-            inner=1,
-            per_byte=split[adjoint],
-            why=SPLIT_VARYING,
-        )
     yield Expected(f"Varying<{kind}, AnyRows<{kind}, {{8,32,256}}, 8>, {{false,true}}, false>")
     yield Expected(f"Varying<{kind}, AnyRows<{kind}, 256, 8>, {{false,true}}, true>")
     yield Expected(f"Varying<{kind}, Columns<{kind}, 8>, {{false,true}}, {{false,true}}>")
 
 
-def lanes(kind: str, forward: float, backward: float, pieces: int = 0) -> Iterator[Expected]:
-    """Lanes of one dtype, 16 bytes a thread."""
-    for gradient, ceiling in ((False, forward), (True, backward)):
-        yield Expected(
-            f"Lanes<{kind}, true, {str(gradient).lower()}>",
-            aligned=True,
-            moves=(2, 1) if gradient else (1, 1),
-            per_byte=ceiling,
-            barriers=3 if gradient else 2,
-            narrow=pieces,
-            pieces=pieces > 0,
-            inner=45,
-            why=LANES
-            if ceiling <= MOST_PER_BYTE
-            else WIDE_LANES
-            if kind == STORAGES[1]
-            else HALVES,
-        )
+def lanes(
+    kind: str,
+    forward: tuple[float, float] = (MOST_PER_BYTE, MOST_PER_BYTE),
+    backward: tuple[float, float] = (MOST_PER_BYTE, MOST_PER_BYTE),
+    pieces: int = 0,
+) -> Iterator[Expected]:
+    """Lanes of one dtype, 16 bytes a thread: ceilings of rows and of split rows."""
+    for gradient, ceilings in ((False, forward), (True, backward)):
+        for is_split, ceiling in zip((False, True), ceilings, strict=True):
+            reasons = [JOINED] + [LOOK_BACK] * is_split + [SUMS] * gradient
+            reasons += [SAMPLES] * (ceiling > MOST_PER_BYTE) + [PIECES] * (pieces > 0)
+            yield Expected(
+                f"Lanes<{kind}, true, {str(gradient).lower()}, {str(is_split).lower()}>",
+                aligned=True,
+                moves=(2, 1) if gradient else (1, 1),
+                per_byte=ceiling,
+                barriers=1 + gradient + is_split,
+                narrow=pieces,
+                pieces=pieces > 0,
+                inner=13,
+                why="; ".join(reasons),
+            )
 
-
-TO_BAR = dict.fromkeys((8, 32, 256), MOST_PER_BYTE)
 
 KERNELS = [
     Expected("write_answer"),  # probe.cu
@@ -165,16 +159,16 @@ KERNELS = [
     *split("Float16", 4.1, 5.4),
     *split("BFloat16", 5.0, 5.9),
     Expected(f"SplitRows<Tiling<{STORAGE}, 256, false, {{false,true}}>>"),
-    *varying("Native<float>", 16, {8: 2.9, 32: 3.0, 256: 3.1}, TO_BAR, (5.2, 3.9)),
-    *varying("Native<double>", 8, {8: 2.5, 32: 2.6, 256: 2.7}, TO_BAR, (4.7, 3.5)),
-    *varying("Float16", 16, {8: 5.3, 32: 5.5, 256: 5.8}, {8: 4.7, 32: 4.7, 256: 4.7}, (9.9, 6.7)),
-    *varying("BFloat16", 16, {8: 5.7, 32: 5.9, 256: 6.3}, {8: 5.0, 32: 5.0, 256: 5.2}, (10.0, 7.0)),
+    *varying("Native<float>", 16),
+    *varying("Native<double>", 8),
+    *varying("Float16", 16, (3.0, 4.1), (3.2, 4.5)),
+    *varying("BFloat16", 16, (3.5, 4.6), (3.7, 4.9)),
     Expected(f"SplitSums<Tiling<{STORAGE}, 256, {{false,true}}, true>>"),
-    *lanes("Native<float>", 2.5, 2.5),
-    *lanes("Native<double>", 2.5, 2.8, pieces=12),
-    *lanes("Float16", 3.7, 3.9),
-    *lanes("BFloat16", 4.6, 4.5, pieces=24),
-    Expected(f"Lanes<{STORAGE}, false, {{false,true}}>"),
+    *lanes("Native<float>"),
+    *lanes("Native<double>", pieces=4),
+    *lanes("Float16", (2.5, 2.9), (3.1, 3.3)),
+    *lanes("BFloat16", (3.4, 3.7), (3.6, 3.8), pieces=24),
+    Expected(f"Lanes<{STORAGE}, false, {{false,true}}, {{false,true}}>"),
     Expected(f"LaneSums<{STORAGE}, {{false,true}}>"),
     Expected(f"{{SumAlongTerms,SumAlongResults}}<{STORAGE}>"),
 ]

@@ -130,7 +130,7 @@ struct Dispatch {
   }
   static SplitWorkspace split_lanes_workspace(const Scan& scan, const Plan& plan) {
     const int64_t rows = plan.columns * (plan.aligned ? Chunk<Storage>::kSamples : 1);
-    return {scan, plan.blocks * rows, Lanes<Storage, true, true>::kMessages, 0};
+    return {scan, plan.blocks * rows, Lanes<Storage, true, true, true>::kMessages, 0};
   }
 
   template <bool kAligned>
@@ -195,20 +195,23 @@ struct Dispatch {
   template <bool kAligned, bool kGradient>
   static cudaError_t lanes(const Scan& scan, const Plan& plan, void* workspace,
                            cudaStream_t stream) {
-    using Kernel = Lanes<Storage, kAligned, kGradient>;
-    const bool split = plan.strategy == Strategy::kSplitLanes;
+    const int slots = kBlockThreads / plan.columns;
+    if (plan.strategy == Strategy::kLanes)
+      return launch<Lanes<Storage, kAligned, kGradient, false>>(
+          {plan.blocks, stream},
+          {scan, plan.columns, slots, plan.tiles, nullptr, nullptr, nullptr});
+    using Kernel = Lanes<Storage, kAligned, kGradient, true>;
     const SplitWorkspace parts = split_lanes_workspace(scan, plan);
     const typename Kernel::Arguments arguments{scan,
                                                plan.columns,
-                                               kBlockThreads / plan.columns,
-                                               split,
+                                               slots,
                                                plan.tiles,
-                                               split ? parts.ticket(workspace) : nullptr,
-                                               split ? parts.messages(workspace) : nullptr,
-                                               split ? parts.sums(workspace) : nullptr};
+                                               parts.ticket(workspace),
+                                               parts.messages(workspace),
+                                               parts.sums(workspace)};
     const cudaError_t error = launch<Kernel>({plan.blocks, stream}, arguments);
     if constexpr (kGradient)
-      if (split && error == cudaSuccess)
+      if (error == cudaSuccess)
         return launch<LaneSums<Storage, kAligned>>(
             {(scan.rows + kBlockThreads - 1) / kBlockThreads, stream}, arguments);
     return error;

@@ -118,7 +118,7 @@ struct alignas(16) Lane {
   }
 };
 
-template <class Storage, bool kVector, bool kGradient>
+template <class Storage, bool kVector, bool kGradient, bool kSplit>
 struct Lanes {
   using Sample = typename Storage::Sample;
   using Acc = typename Storage::Acc;
@@ -133,7 +133,6 @@ struct Lanes {
     Scan scan;                   // the last axis is that along which rows touch
     int columns;                 // a power of two, from 4 to kMostLanes / kW
     int slots;                   // kThreads / columns
-    bool split;                  // a tile per block
     int64_t tiles;               // per row
     unsigned long long* ticket;  // 0 before; of a split scan, as the two below
     Message* messages;  // kMessages of each (group * tiles + tile) * lanes + lane; 0 before
@@ -151,8 +150,8 @@ struct Lanes {
   static __device__ void run(const Arguments& arguments, Shared& shared) {
     if (thread() == 0) shared.unfit = false;
     if (thread() == 0)
-      shared.ticket = arguments.split ? static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull))
-                                      : static_cast<int64_t>(blockIdx.x) * arguments.tiles;
+      shared.ticket = kSplit ? static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull))
+                             : static_cast<int64_t>(blockIdx.x) * arguments.tiles;
     __syncthreads();
     const int64_t ticket = shared.ticket;
     Lanes(arguments, shared, ticket / arguments.tiles, ticket % arguments.tiles).scan();
@@ -167,7 +166,8 @@ struct Lanes {
         first_tile_(first_tile),
         column_(thread() % arguments.columns),
         slot_(thread() / arguments.columns),
-        slots_per_warp_(kWarp / arguments.columns) {
+        slots_per_warp_(kWarp / arguments.columns),
+        slot_in_warp_(thread() % kWarp / arguments.columns) {
     const Scan& scan = arguments.scan;
     const int64_t width = scan.sizes[scan.ndim - 1], lanes = arguments.columns * kW;
     const int64_t per_width = (width + lanes - 1) / lanes;
@@ -197,7 +197,7 @@ struct Lanes {
     }
     __syncthreads();
     if (shared_.unfit) return walk();
-    const int64_t end = arguments_.split ? first_tile_ + 1 : arguments_.tiles;
+    const int64_t end = kSplit ? first_tile_ + 1 : arguments_.tiles;
     place();
     int64_t tile = first_tile_;
 #pragma unroll 1
@@ -224,14 +224,13 @@ struct Lanes {
 
   __device__ void finish(bool ends) {
     const Scan& scan = arguments_.scan;
-    if (kGradient && arguments_.split)
+    if (kGradient && kSplit)
       arguments_.sums[shared_.ticket * lanes() + thread()] = shared_.sums[thread()].value();
     if (!ends) return;
     const RowOffsets at = own_row();
     const Row<Storage> row(scan, at);
     row.write_state(scan, at, shared_.lanes[thread()].value().last);
-    if (kGradient && !arguments_.split)
-      row.write_gradient(scan, at, shared_.sums[thread()].value());
+    if (kGradient && !kSplit) row.write_gradient(scan, at, shared_.sums[thread()].value());
   }
 
   using Samples = Acc[kSteps][kW];
@@ -311,20 +310,23 @@ struct Lanes {
 
     Samples s, forward_x;
     unpack(fetch(scan.x, x_, n, mine), s);
-    Acc before[kW];  // from zero, of the slots before this one in the warp
+    double ends[kW];
+    Acc states[kW];  // before this slot; first from zero before the warp
 #pragma unroll
-    for (int w = 0; w < kW; ++w)
-      before[w] = static_cast<Acc>(scan_warp(lane(w).scan_groups(s, w, starts, copies), w, parity));
+    for (int w = 0; w < kW; ++w) ends[w] = lane(w).scan_groups(s, w, starts, copies);
+    scan_warp(ends, parity, states);
     __syncthreads();
     Raw raw;
     if constexpr (kGradient) raw = fetch(scan.forward_x, forward_x_, n, mine);
-    if (arguments_.split) look_back(tile, parity);
+    if constexpr (kSplit) look_back(tile, parity);
 
+    if (!kSplit && slot_ == 0) advance(parity);
+    join_states(parity, states);
     if constexpr (kGradient) unpack(raw, forward_x);
 #pragma unroll
     for (int w = 0; w < kW; ++w) {
       Lane<Storage, kSteps>& k = lane(w);
-      k.add_state(static_cast<Acc>(state_of_slot(w, before[w], parity)), s, w, copies);
+      k.add_state(states[w], s, w, copies);
       if (!kInner && mine > 0 && left <= kSteps) k.last = last_of(s, w, mine);
       if constexpr (kGradient)
         join(k.alpha_sums(forward_x, s, w, kInner ? kSteps : mine), mine > 0, w);
@@ -353,50 +355,67 @@ struct Lanes {
     return last;
   }
 
-  // From each slot's aggregate, the state before this one, from zero before the warp.
-  __device__ __forceinline__ double scan_warp(double aggregate, int w, int parity) {
-    const Lane<Storage, kSteps>& k = lane(w);
-    const int columns = arguments_.columns;
-    const Power<Acc>* power = k.slots;
+  // From what each slot ends at, the states before this one, from zero before the warp.
+  __device__ __forceinline__ void scan_warp(double (&ends)[kW], int parity, Acc (&before)[kW]) {
+    const int columns = arguments_.columns, member = thread() % kWarp;
+    int step = 0;
 #pragma unroll 1
-    for (int by = columns; by < kWarp; by *= 2, ++power) {
-      const double from = __shfl_up_sync(kAllLanes, aggregate, by);
-      if (thread() % kWarp >= by) aggregate = power->join(aggregate, from);
+    for (int by = columns; by < kWarp; by *= 2, ++step) {
+#pragma unroll
+      for (int w = 0; w < kW; ++w) {
+        const double from = __shfl_up_sync(kAllLanes, ends[w], by);
+        if (member >= by) ends[w] = lane(w).slots[step].join(ends[w], from);
+      }
     }
-    const double before = __shfl_up_sync(kAllLanes, aggregate, columns);
-    if (thread() % kWarp >= kWarp - columns)
-      shared_.aggregates[parity][thread() / kWarp][column_ * kW + w] = aggregate;
-    return thread() % kWarp < columns ? 0 : before;
+#pragma unroll
+    for (int w = 0; w < kW; ++w) {
+      const double past = __shfl_up_sync(kAllLanes, ends[w], columns);
+      before[w] = member < columns ? 0 : static_cast<Acc>(past);
+    }
+    if (member < kWarp - columns) return;
+#pragma unroll
+    for (int w = 0; w < kW; ++w)
+      shared_.aggregates[parity][thread() / kWarp][column_ * kW + w] = ends[w];
   }
 
-  // The state before this slot; `before` is that from zero before the warp. The first warp keeps
-  // the state after the tile.
-  __device__ __forceinline__ double state_of_slot(int w, double before, int parity) {
-    Lane<Storage, kSteps>& k = lane(w);
-    const State<Acc> from = k.states[parity];
-    if (slot_ == 0) {
-      k.states[parity ^ 1] = from;
-      k.states[parity ^ 1].advance(aggregate_of_tile(column_ * kW + w, parity), k.tile);
+  // The first slot keeps the states after the tile.
+  __device__ __forceinline__ void advance(int parity) {
+#pragma unroll 1
+    for (int w = 0; w < kW; ++w) {
+      Lane<Storage, kSteps>& k = lane(w);
+      State<Acc> state = k.states[parity];
+      state.advance(aggregate_of_tile(column_ * kW + w, parity), k.tile);
+      k.states[parity ^ 1] = state;
     }
-    if constexpr (sizeof(Acc) == 8)  // by one power, for the sake of its one rounding
-      return here_[w].join(over_slots(k, before, over_warps(k, w, 0, parity)), from.value);
-    else
-      return over_slots(k, before, over_warps(k, w, from.value, parity));
   }
-  __device__ __forceinline__ double over_warps(const Lane<Storage, kSteps>& k, int w, double state,
-                                               int parity) const {
+
+  // The states before this slot, from those from zero before the warp.
+  __device__ __forceinline__ void join_states(int parity, Acc (&states)[kW]) const {
+    constexpr bool kWide = sizeof(Acc) == 8;
+    double past[kW];  // of the warps before
+#pragma unroll
+    for (int w = 0; w < kW; ++w) past[w] = kWide ? 0 : lane(w).states[parity].value;
 #pragma unroll 1
-    for (int i = 0; i < thread() / kWarp; ++i)
-      state = k.warp.join(shared_.aggregates[parity][i][column_ * kW + w], state);
-    return state;
-  }
-  __device__ __forceinline__ double over_slots(const Lane<Storage, kSteps>& k, double before,
-                                               double state) const {
-    const Power<Acc>* power = k.slots;
+    for (int i = 0; i < thread() / kWarp; ++i) {
+#pragma unroll
+      for (int w = 0; w < kW; ++w)
+        past[w] = lane(w).warp.join(shared_.aggregates[parity][i][column_ * kW + w], past[w]);
+    }
+    int step = 0;
 #pragma unroll 1
-    for (int slots = slot_ % slots_per_warp_; slots != 0; slots >>= 1, ++power)
-      if ((slots & 1) != 0) state = power->join(0, state);
-    return before + state;
+    for (int slots = slot_in_warp_; slots != 0; slots >>= 1, ++step) {
+      if ((slots & 1) == 0) continue;
+#pragma unroll
+      for (int w = 0; w < kW; ++w) past[w] = lane(w).slots[step].join(0, past[w]);
+    }
+#pragma unroll
+    for (int w = 0; w < kW; ++w) {
+      const double state = states[w] + past[w];
+      if constexpr (kWide)  // by one power, for the sake of its one rounding
+        states[w] = here_[w].join(state, lane(w).states[parity].value);
+      else
+        states[w] = static_cast<Acc>(state);
+    }
   }
 
   __device__ __forceinline__ double aggregate_of_tile(int lane, int parity) const {
@@ -453,10 +472,9 @@ struct Lanes {
   __device__ __forceinline__ void fold(int64_t steps) {
     if (!owns_row()) return;
     AlphaSums& sums = shared_.sums[thread()].value();
-    const bool fresh = arguments_.split;
 #pragma unroll 1
     for (int w = 0; w < kBlockWarps && w * slots_per_warp_ * kSteps < steps; ++w) {
-      if (w == 0 && fresh)
+      if (w == 0 && kSplit)
         sums = shared_.warps[w][thread()].value();
       else
         sums.prepend(shared_.warps[w][thread()].value());
@@ -466,7 +484,7 @@ struct Lanes {
   const Arguments& arguments_;
   Shared& shared_;
   const int64_t group_, first_tile_;
-  const int column_, slot_, slots_per_warp_;
+  const int column_, slot_, slots_per_warp_, slot_in_warp_;
   int64_t row_;
   int count_;  // rows that there are
   int64_t x_, y_, forward_x_;
@@ -478,7 +496,7 @@ template <class Storage, bool kVector>
 struct LaneSums {
   static constexpr int kThreads = kBlockThreads;
   static constexpr int kMinBlocks = 1;
-  using Split = Lanes<Storage, kVector, true>;
+  using Split = Lanes<Storage, kVector, true, true>;
   using Arguments = typename Split::Arguments;
   struct Shared {};
 
