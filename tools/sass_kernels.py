@@ -48,7 +48,7 @@ GRADIENT = (
 )
 SPLIT = "each tile folds 31 messages, in every warp, so that one barrier does"
 VARYING = "a coefficient per sample is used in float64, to which each sample is converted"
-NEXT = "besides, y of the stretch of lanes behind, and a coefficient that is constant"
+NEXT = "besides, y of the stretch of lanes behind"
 FOLD = "each tile folds 31 maps, in every warp, so that one barrier does"
 JOINED = "the first slot carries the states on, and what is joined over warps takes loops"
 LOOK_BACK = "a tile a block, whose look-back takes a barrier"
@@ -103,13 +103,13 @@ def varying(
     for adjoint, ceilings in ((False, forward), (True, backward)):
         for is_split, ceiling in zip((False, True), ceilings, strict=True):
             own = 2 * items if not adjoint and (is_split or halves) else items
-            reasons = [VARYING, SAMPLES] * (ceiling > MOST_PER_BYTE) + [FOLD] * is_split
+            reasons = [VARYING, SAMPLES, *[FOLD] * is_split] if ceiling > MOST_PER_BYTE else []
             yield Expected(
                 f"Varying<{kind}, AlignedRows<{kind}, {'256' if is_split else '{8,32,256}'}, "
                 f"{own}, {{false,true}}>, {str(adjoint).lower()}, {str(is_split).lower()}>",
                 aligned=True,
                 moves=(2, 1),
-                narrow=2 * adjoint,
+                narrow=int(adjoint),
                 per_byte=ceiling,
                 why="; ".join(reasons + [NEXT] * adjoint),
             )

@@ -96,11 +96,24 @@ struct Varying {
     TileMessage* messages;       // (group * tiles + tile) * kRows + row; 0 before
     double* sums;                // row * tiles + tile: the gradient to a constant coefficient
   };
+  // What is known of a row beforehand.
+  struct Known {
+    RowOffsets at;
+    double start, forward_start;
+    double coefficient;  // where it is constant
+
+    __device__ Known(const Scan& scan, int64_t index)
+        : at(scan, index),
+          start(VaryingRow<Storage, kAdjoint>(scan, at).start()),
+          forward_start(read_state<typename Storage::Acc>(scan.forward_start, at.forward_start, 0)),
+          coefficient(scan.coefficient.time_stride != 0
+                          ? 0
+                          : read(scan.coefficient.data, scan.coefficient.dtype, at.coefficient)) {}
+  };
   struct Shared {
     typename Moves::Shared moves;
     typename Moves::Scan::Shared scan, history;
-    Uninitialized<RowOffsets> at[kRows];
-    double starts[kRows];  // before the rows
+    Uninitialized<Known> rows[kRows];
     int64_t tickets[2];
   };
 
@@ -112,14 +125,15 @@ struct Varying {
   }
 
  private:
-  __device__ Varying(const Arguments& arguments, Shared& shared, const RowOffsets& at,
-                     int64_t group, bool there)
+  __device__ Varying(const Arguments& arguments, Shared& shared, const Known& known, int64_t group,
+                     bool there)
       : arguments_(arguments),
         scan_(arguments.scan),
         group_(group),
         messages_(arguments.messages + group * arguments.tiles * kRows + Moves::row()),
         there_(there),
-        row_(scan_, at),
+        known_(known),
+        row_(scan_, known.at),
         maps_(shared.scan),
         history_(shared.history) {}
 
@@ -144,14 +158,11 @@ struct Varying {
                                                      int64_t group, int64_t ticket) {
     const int64_t index = group * kRows + Moves::row();
     const bool there = index < arguments.scan.rows;
-    RowOffsets& at = shared.at[Moves::row()].value();
-    if (Moves::rank() == 0) {
-      new (&at) RowOffsets(arguments.scan, there ? index : 0);
-      shared.starts[Moves::row()] = VaryingRow<Storage, kAdjoint>(arguments.scan, at).start();
-    }
+    Known& known = shared.rows[Moves::row()].value();
+    if (Moves::rank() == 0) new (&known) Known(arguments.scan, there ? index : 0);
     __syncthreads();
     if (kWarpRow && !there) return 0;  // nobody waits for it
-    Varying row(arguments, shared, at, group, there);
+    Varying row(arguments, shared, known, group, there);
     return row.scan_tiles(shared, ticket);
   }
 
@@ -176,7 +187,7 @@ struct Varying {
     const Moves moves(shared.moves);
     const int64_t begin = kSplit ? group_ * arguments_.tiles : 0, last = arguments_.tiles - 1;
     int64_t tile = ticket - begin;
-    Carry carry{shared.starts[Moves::row()], 0, 0, row_.copies_first && tile == 0 && leads()};
+    Carry carry{known_.start, 0, 0, row_.copies_first && tile == 0 && leads()};
 #pragma unroll 1
     while (tile < last) tile = scan_tile<true>(moves, shared, tile, carry);
     if (tile == last) {
@@ -204,13 +215,12 @@ struct Varying {
     const Samples coefficients = samples(scan_.coefficient, row_.at.coefficient, tile);
     const Samples given = samples(scan_.x, row_.at.x, tile);
     const auto raw_x = moves.fetch(given, extent, kNothing);
-    typename Moves::Raw raw_c;
     double c[kItems], x[kItems];
-    if constexpr (kAdjoint || !Moves::kAligned) {
-      raw_c = moves.fetch_any(coefficients, extent, row_.neutral());
-      moves.spread_any(raw_c, coefficients, extent, row_.neutral(), c);
+    if (kAdjoint && scan_.coefficient.time_stride == 0) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) c[i] = known_.coefficient;
     } else {
-      raw_c = moves.fetch(coefficients, extent, row_.neutral());
+      const auto raw_c = moves.fetch_any(coefficients, extent, row_.neutral());
       moves.spread(raw_c, coefficients, extent, row_.neutral(), c);
     }
     moves.spread(raw_x, given, extent, kNothing, x);
@@ -223,7 +233,7 @@ struct Varying {
     maps_.take(map);
     if constexpr (kSplit) {
       next = shared.tickets[maps_.turn()] - group_ * arguments_.tiles;
-      carry.y = look_back(tile, shared.starts[Moves::row()]);
+      carry.y = look_back(tile);
     }
 
     typename Moves::Scan::Ends y = maps_.follow(carry.y);
@@ -246,7 +256,7 @@ struct Varying {
       if (scan_.grad_coefficient.data != nullptr) to_coefficient(moves, tile, extent, x, carry.sum);
       if (row_.average) {
         // The forward's first sample was its initial state as well.
-        if (!scan_.has_initial_state) at_first(extent, [&](int i) { c[i] = 1; });
+        if (!scan_.has_initial_state) set_first(extent, c, [](int) { return 1.0; });
 #pragma unroll
         for (int i = 0; i < kItems; ++i) x[i] *= c[i];
       }
@@ -298,14 +308,15 @@ struct Varying {
     return first < 0 ? -1 : first < kItems ? first : kItems;
   }
 
-  // Calls f with the constant index of that sample, if the thread has it.
+  // Puts value(i) in the place of that sample, the i'th, if the thread has it.
   template <bool kInner, class F>
-  static __device__ __forceinline__ void at_first(const Extent<kTile, kInner>& extent, const F& f) {
+  static __device__ __forceinline__ void set_first(const Extent<kTile, kInner>& extent,
+                                                   double* items, const F& value) {
     if constexpr (kInner) return;
     const int first = own_first(extent.count);
 #pragma unroll
     for (int i = Moves::kUnit - 1; i < kItems; i += Moves::kUnit)  // where a row may end
-      if (i == first) f(i);
+      items[i] = i == first ? value(i) : items[i];
   }
 
   // The gradient to each sample's coefficient, or their sum where it is constant.
@@ -320,13 +331,12 @@ struct Varying {
     if (row_.average) raw_x = moves.fetch(forward_x, extent, kNothing);
     double by[kItems];  // the forward's y before each sample, in its time
     moves.spread_next(raw_y, forward_y, extent, by);
-    at_first(extent, [&](int i) {
-      by[i] = read_state<typename Storage::Acc>(scan_.forward_start, row_.at.forward_start, 0);
-    });
+    const double start = known_.forward_start;
+    set_first(extent, by, [&](int) { return start; });
     if (row_.average) {
       double x[kItems];
       moves.spread(raw_x, forward_x, extent, kNothing, x);
-      if (scan_.forward_start.data == nullptr) at_first(extent, [&](int i) { by[i] = x[i]; });
+      if (scan_.forward_start.data == nullptr) set_first(extent, by, [&](int i) { return x[i]; });
 #pragma unroll
       for (int i = 0; i < kItems; ++i) by[i] = x[i] - by[i];
     }
@@ -349,16 +359,16 @@ struct Varying {
   }
 
   // Folds what the tiles before sent, and sends this one's map; the y before this tile.
-  __device__ __forceinline__ double look_back(int64_t tile, const double& start) {
+  __device__ __forceinline__ double look_back(int64_t tile) {
     if constexpr (kRows == 1)
-      return fold_groups(tile, start);
+      return fold_groups(tile);
     else
-      return fold_anchored(tile, start);
+      return fold_anchored(tile);
   }
 
   // As split_rows.cuh: each warp folds the y after a batch, the maps of the groups since and those
   // of the group's tiles.
-  __device__ __forceinline__ double fold_groups(int64_t tile, const double& start) {
+  __device__ __forceinline__ double fold_groups(int64_t tile) {
     TileMessage* const mine = &message(tile);
     const int i = static_cast<int>(tile) & (kGroup - 1);
     const int g = static_cast<int>(tile) / kGroup & (kGroup - 1);
@@ -373,7 +383,7 @@ struct Varying {
     const int hops = of_tile ? between + 1 : between * kGroup + i + 1;
     Map map;
     if (of_batch)
-      map = {0, hops <= tile ? receive(mine[-hops].y) : start};
+      map = {0, hops <= tile ? receive(mine[-hops].y) : known_.start};
     else if (between < (of_tile ? i : g))
       map = receive_map(mine[-hops]);
     const double batch = map.drive;
@@ -389,10 +399,10 @@ struct Varying {
 
   // Rows side by side: each rank has a message of its row. Each kRanks'th tile is an anchor, from
   // whose y the following ones fold.
-  __device__ __forceinline__ double fold_anchored(int64_t tile, const double& start) {
+  __device__ __forceinline__ double fold_anchored(int64_t tile) {
     if (leads() && there_ && tile % kRanks != 0 && tile + 1 < arguments_.tiles)
       send_map(message(tile), maps_.total());
-    if (tile == 0) return start;
+    if (tile == 0) return known_.start;
     const int64_t anchor = (tile - 1) / kRanks * kRanks, from = anchor + Moves::rank();
     Map map;
     if (there_ && from < tile)
@@ -439,6 +449,7 @@ struct Varying {
   const int64_t group_;
   TileMessage* const messages_;  // of the row's first tile
   const bool there_;
+  const Known& known_;
   const VaryingRow<Storage, kAdjoint> row_;
   typename Moves::Scan maps_, history_;
 };

@@ -4,7 +4,7 @@
 // Three ways, of which each has
 //   kTeam     threads per row, in ranks along time; kRows, rows of a block
 //   Raw       a tensor's samples on their way
-//   fetch     from a tensor of Storage's dtype, or (fetch_any) of any
+//   fetch     from a tensor of Storage's dtype, or (fetch_any) of a coefficient's
 //   spread    to the threads' own samples; beyond the row they are `other`
 //   put       to a tensor of Storage's dtype, or (put_any) of any
 // whose samples n are those from the team's tile on, of which the row has an Extent. Rows end where
@@ -63,8 +63,7 @@ struct Samples {
 };
 
 // Rows whose chunks lie on multiples of 16 bytes, along time, in every tensor; the length is a
-// multiple of a chunk; kBackward: time runs against memory. A coefficient that is constant has a
-// time stride of 0 and any dtype.
+// multiple of a chunk; kBackward: time runs against memory.
 template <class Storage_, int kThreads, int kOwn, bool kBackward>
 class AlignedRows {
  public:
@@ -100,21 +99,13 @@ class AlignedRows {
   }
   template <class E>
   __device__ __forceinline__ Raw fetch_any(const Samples& from, const E& extent, float) const {
-    return fetch_if(extent.whole() && from.view.time_stride != 0, from, extent);
+    return fetch(from, extent);
   }
   template <class E>
   __device__ __forceinline__ Raw fetch_next(const Samples& from, const E& extent) const {
     return fetch(from, extent);
   }
 
-  template <class E>
-  __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from, const E& extent,
-                                             float other, double* to) const {
-    if (from.view.time_stride != 0) return spread(raw, from, extent, other, to);
-    const double value = read(from.view.data, from.view.dtype, from.row);
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) to[i] = value;
-  }
   template <class E>
   __device__ __forceinline__ void spread(const Raw& raw, const Samples& from, const E& extent,
                                          float other, double* to) const {
@@ -232,11 +223,6 @@ class AnyRows {
   }
 
   template <class E>
-  __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from, const E& extent,
-                                             float other, double* to) const {
-    spread(raw, from, extent, other, to);
-  }
-  template <class E>
   __device__ __forceinline__ void spread(const Raw& raw, const Samples&, const E&, float,
                                          double* to) const {
     __syncwarp();
@@ -332,11 +318,6 @@ class Columns {
     return fetch({from.view, from.row, from.first + 1}, extent.next(), 0);
   }
 
-  template <class E>
-  __device__ __forceinline__ void spread_any(const Raw& raw, const Samples& from, const E& extent,
-                                             float other, double* to) const {
-    spread(raw, from, extent, other, to);
-  }
   template <class E>
   __device__ __forceinline__ void spread(const Raw& raw, const Samples&, const E&, float,
                                          double* to) const {
