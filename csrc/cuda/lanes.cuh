@@ -3,8 +3,8 @@
 //
 // A block takes `columns` threads across and kThreads / columns slots along time, kSteps samples
 // each: together a tile. It goes from tile to tile with the state of each row in shared memory; or,
-// where there are few rows, each tile is a block of its own, with messages and tickets as in
-// split_rows.cuh.
+// with kSplit, each tile is a block of its own, with messages and tickets as in split_rows.cuh:
+// where there are few rows.
 #pragma once
 
 #include <type_traits>

@@ -87,7 +87,7 @@ struct Varying {
   static constexpr int kRows = kThreads / kRanks;  // of a block
   static_assert(!kSplit || kRanks * Moves::kRows == kThreads);
   static constexpr bool kWarpRow = kRanks == kWarp && Moves::kRows == 1;
-  static constexpr int kGroup = kWarp / 2, kBatch = kGroup * kGroup;  // tiles of a split row
+  static constexpr int kGroup = kWarp / 2;  // tiles of a split row, and groups of a batch
 
   struct Arguments {
     Scan scan;
@@ -209,16 +209,16 @@ struct Varying {
   template <bool kInner>
   __device__ __forceinline__ int64_t scan_tile(const Moves& moves, Shared& shared, int64_t tile,
                                                Carry& carry) {
-    const Extent<kTile, kInner> extent{!kInner                            ? count_from(tile)
-                                       : kRows == 1 || kWarpRow || there_ ? kTile + 1
-                                                                          : 0};
+    const bool there = kRows == 1 || kWarpRow || there_;
+    const Extent<kTile, kInner> extent{!kInner ? count_from(tile) : there ? kTile + 1 : 0};
     const Samples coefficients = samples(scan_.coefficient, row_.at.coefficient, tile);
     const Samples given = samples(scan_.x, row_.at.x, tile);
     const auto raw_x = moves.fetch(given, extent, kNothing);
     double c[kItems], x[kItems];
     if (kAdjoint && scan_.coefficient.time_stride == 0) {
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) c[i] = known_.coefficient;
+      for (int i = 0; i < kItems; ++i)
+        c[i] = kInner || own() + i < extent.count ? known_.coefficient : row_.neutral();
     } else {
       const auto raw_c = moves.fetch_any(coefficients, extent, row_.neutral());
       moves.spread(raw_c, coefficients, extent, row_.neutral(), c);
@@ -239,7 +239,7 @@ struct Varying {
     typename Moves::Scan::Ends y = maps_.follow(carry.y);
     if (!(finite(y.before) && finite(y.after)) && carry.y == carry.y)
       walk(tile, extent, carry.y, y);
-    if (kSplit && kInner && leads() && (kRows == 1 || there_)) send(message(tile).y, y.after);
+    if (kSplit && kInner && leads() && there) send(message(tile).y, y.after);
     carry.y = y.after;
     carry.own = y.before;
     if constexpr (!kAdjoint) {
