@@ -213,6 +213,20 @@ def test_every_sample_of_a_varying_scan_is_moved_once(
         assert all(kernel in name for name in loaded.kernels())
 
 
+@pytest.mark.parametrize("length", [600_000, 600_001], ids=["73 tiles", "293 tiles"])
+def test_tiles_of_a_varying_row(loaded: ex.Executor, length: int) -> None:
+    """Catches a tile, group or batch of tiles that a fold forgets or counts twice: sums of small
+    integers, which are exact.
+    """
+    loaded.set("random", 1, 3, checks=False)
+    b = torch.randint(-1, 2, (2, length), generator=torch.Generator().manual_seed(1))
+    y, state = torch.ops.ema_ext_executor.linear_recurrence_with_state(
+        torch.ones(b.shape), b.float(), None, 1, False
+    )
+    assert torch.equal(y, b.cumsum(1).float())
+    assert torch.equal(state, y[:, -1])
+
+
 def sites() -> list[tuple[str, int]]:
     """The lines of the kernels on which threads wait for others, or take a ticket."""
     return [
@@ -235,7 +249,8 @@ def test_no_barrier_can_be_left_out(loaded: ex.Executor, site: tuple[str, int]) 
                 for shape in SHAPES:
                     work(*samples(shape, torch.float32))
             backward(signal(1, 70_000), 1)  # tiles whose sums several warps join
-            forward(signal(7, 20_000), 1)  # blocks that go from row to row
+            for work in (forward, varying):
+                work(signal(7, 20_000), 1)  # blocks that go from row to row
 
 
 #: Values against the oracle: forward and backward, dtypes, layouts, every edge of a tile, states,
