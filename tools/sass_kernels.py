@@ -102,7 +102,8 @@ def varying(
     halves = kind not in STORAGES[:2]
     for adjoint, ceilings in ((False, forward), (True, backward)):
         for is_split, ceiling in zip((False, True), ceilings, strict=True):
-            own = 2 * items if not adjoint and (is_split or halves) else items
+            twice = not (adjoint and is_split) if halves else is_split and not adjoint
+            own = 2 * items if twice else items
             reasons = [VARYING, SAMPLES, *[FOLD] * is_split] if ceiling > MOST_PER_BYTE else []
             yield Expected(
                 f"Varying<{kind}, AlignedRows<{kind}, {'256' if is_split else '{8,32,256}'}, "

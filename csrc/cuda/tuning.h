@@ -69,12 +69,12 @@ constexpr int64_t kLaneBytes = 64;
 constexpr int64_t kLaneLookBack = 8;
 
 // Coefficients that vary in time: samples of a thread, as float64 of which two tensors are held at
-// once, and an adjoint's four. Sixteen share what a scan costs per thread where 16 bytes hold more
-// than two; twice as many where they hold eight, or beside a look-back, and there are registers.
-// What is moved sample by sample is slower by more than that.
+// once, beside an adjoint's other three. Sixteen share what a scan costs per thread where 16 bytes
+// hold more than two; twice as many where they hold eight, or beside a look-back, as far as there
+// are registers. What is moved sample by sample is slower by more than that.
 constexpr int varying_items(int64_t sample_bytes, bool aligned, bool adjoint, bool split) {
   if (!aligned) return 8;
-  const bool twice = !adjoint && (split || sample_bytes == 2);
+  const bool twice = sample_bytes == 2 ? !(adjoint && split) : split && !adjoint;
   return (sample_bytes == 8 ? 8 : 16) * (twice ? 2 : 1);
 }
 

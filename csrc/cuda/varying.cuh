@@ -81,6 +81,7 @@ struct Varying {
   static constexpr int kThreads = kBlockThreads;
   static constexpr int kMinBlocks =
       varying_blocks(Moves::kItems, kAdjoint, kSplit, Moves::kScattered);
+  using Acc = typename Storage::Acc;
   static constexpr int kItems = Moves::kItems;
   static constexpr int kRanks = Moves::kTeam;  // threads that share a row
   static constexpr int kTile = kRanks * kItems;
@@ -105,7 +106,7 @@ struct Varying {
     __device__ Known(const Scan& scan, int64_t index)
         : at(scan, index),
           start(VaryingRow<Storage, kAdjoint>(scan, at).start()),
-          forward_start(read_state<typename Storage::Acc>(scan.forward_start, at.forward_start, 0)),
+          forward_start(read_state<Acc>(scan.forward_start, at.forward_start, 0)),
           coefficient(scan.coefficient.time_stride != 0
                           ? 0
                           : read(scan.coefficient.data, scan.coefficient.dtype, at.coefficient)) {}
@@ -242,26 +243,28 @@ struct Varying {
     if (kSplit && kInner && leads() && there) send(message(tile).y, y.after);
     carry.y = y.after;
     carry.own = y.before;
+    Acc out[kItems];
     if constexpr (!kAdjoint) {
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) x[i] = carry.own = c[i] * carry.own + x[i];
+      for (int i = 0; i < kItems; ++i) {
+        carry.own = c[i] * carry.own + x[i];
+        out[i] = static_cast<Acc>(carry.own);
+      }
     } else {
       row_.by_op([&](auto average) {
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
           x[i] += carry.own;
           carry.own = kept<average.value>(c[i], x[i]);
+          out[i] = static_cast<Acc>(average.value ? c[i] * x[i] : x[i]);
         }
       });
+      // The forward's first sample was its initial state as well.
+      if (row_.average && !scan_.has_initial_state)
+        set_first(extent, out, [&](int i) { return static_cast<Acc>(x[i]); });
       if (scan_.grad_coefficient.data != nullptr) to_coefficient(moves, tile, extent, x, carry.sum);
-      if (row_.average) {
-        // The forward's first sample was its initial state as well.
-        if (!scan_.has_initial_state) set_first(extent, c, [](int) { return 1.0; });
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) x[i] *= c[i];
-      }
     }
-    moves.put(x, samples(scan_.y, row_.at.y, tile), extent);
+    moves.put(out, samples(scan_.y, row_.at.y, tile), extent);
     return next;
   }
 
@@ -309,9 +312,9 @@ struct Varying {
   }
 
   // Puts value(i) in the place of that sample, the i'th, if the thread has it.
-  template <bool kInner, class F>
-  static __device__ __forceinline__ void set_first(const Extent<kTile, kInner>& extent,
-                                                   double* items, const F& value) {
+  template <bool kInner, class Item, class F>
+  static __device__ __forceinline__ void set_first(const Extent<kTile, kInner>& extent, Item* items,
+                                                   const F& value) {
     if constexpr (kInner) return;
     const int first = own_first(extent.count);
 #pragma unroll
@@ -329,19 +332,20 @@ struct Varying {
     const auto raw_y = moves.fetch_next(forward_y, extent);
     typename Moves::Raw raw_x;
     if (row_.average) raw_x = moves.fetch(forward_x, extent, kNothing);
-    double by[kItems];  // the forward's y before each sample, in its time
-    moves.spread_next(raw_y, forward_y, extent, by);
-    const double start = known_.forward_start;
-    set_first(extent, by, [&](int) { return start; });
+    Acc with[kItems];  // the forward's y before each sample, in its time, or what x is above it
+    moves.spread_next(raw_y, forward_y, extent, with);
+    set_first(extent, with,
+              [start = known_.forward_start](int) { return static_cast<Acc>(start); });
     if (row_.average) {
-      double x[kItems];
+      Acc x[kItems];
       moves.spread(raw_x, forward_x, extent, kNothing, x);
-      if (scan_.forward_start.data == nullptr) set_first(extent, by, [&](int i) { return x[i]; });
+      if (scan_.forward_start.data == nullptr) set_first(extent, with, [&](int i) { return x[i]; });
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) by[i] = x[i] - by[i];
+      for (int i = 0; i < kItems; ++i) with[i] = x[i] - with[i];
     }
+    double by[kItems];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) by[i] *= lambda[i];
+    for (int i = 0; i < kItems; ++i) by[i] = lambda[i] * with[i];
     if (scan_.varying) {
       moves.put_any(by, samples(scan_.grad_coefficient, row_.at.grad_coefficient, tile), extent);
     } else {

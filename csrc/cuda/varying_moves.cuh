@@ -106,9 +106,9 @@ class AlignedRows {
     return fetch(from, extent);
   }
 
-  template <class E>
+  template <class E, class To>
   __device__ __forceinline__ void spread(const Raw& raw, const Samples& from, const E& extent,
-                                         float other, double* to) const {
+                                         float other, To* to) const {
     stage_.spread(run(from), extent.whole(), chunks(extent.count), raw);
     if (!extent.whole()) {
       const int mine = extent.count / kSamples - rank() * kChunks;
@@ -124,22 +124,21 @@ class AlignedRows {
   }
 
   // The last of the lanes' is read once more, where it is not of this team's tile or warp.
-  template <class E>
+  template <class E, class To>
   __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from, const E& extent,
-                                              double* to) const {
+                                              To* to) const {
     spread(raw, from, extent, 0, to);
-    const double next = __shfl_down_sync(kAllLanes, to[0], 1, kLanes);
+    const To next = __shfl_down_sync(kAllLanes, to[0], 1, kLanes);
     const int n = (rank() + 1) * kItems;
 #pragma unroll
     for (int i = 1; i < kItems; ++i) to[i - 1] = to[i];
     to[kItems - 1] = next;
     if (thread() % kLanes == kLanes - 1 && extent.has(n))
-      to[kItems - 1] = from.template get<Storage>(n);
+      to[kItems - 1] = static_cast<To>(from.template get<Storage>(n));
   }
 
-  template <class E>
-  __device__ __forceinline__ void put(const double* items, const Samples& to,
-                                      const E& extent) const {
+  template <class Item, class E>
+  __device__ __forceinline__ void put(const Item* items, const Samples& to, const E& extent) const {
     __syncwarp();  // some may still be at a tensor before
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -222,25 +221,24 @@ class AnyRows {
     return fetch({from.view, from.row, from.first + 1}, extent.next(), 0);
   }
 
-  template <class E>
+  template <class E, class To>
   __device__ __forceinline__ void spread(const Raw& raw, const Samples&, const E&, float,
-                                         double* to) const {
+                                         To* to) const {
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kItems; ++j) shared_[place(j * kLanes + member_)] = raw.samples[j];
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) to[i] = shared_[place(member_ * kItems + i)];
+    for (int i = 0; i < kItems; ++i) to[i] = static_cast<To>(shared_[place(member_ * kItems + i)]);
   }
-  template <class E>
+  template <class E, class To>
   __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from, const E& extent,
-                                              double* to) const {
+                                              To* to) const {
     spread(raw, from, extent, 0, to);
   }
 
-  template <class E>
-  __device__ __forceinline__ void put(const double* items, const Samples& to,
-                                      const E& extent) const {
+  template <class Item, class E>
+  __device__ __forceinline__ void put(const Item* items, const Samples& to, const E& extent) const {
     stage(items);
     put_as<Storage>(to, extent);
   }
@@ -265,7 +263,8 @@ class AnyRows {
       raw.samples[j] = extent.has(sample(j)) ? from.template get<Other>(sample(j)) : other;
     return raw;
   }
-  __device__ __forceinline__ void stage(const double* items) const {
+  template <class Item>
+  __device__ __forceinline__ void stage(const Item* items) const {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kItems; ++i) shared_[place(member_ * kItems + i)] = items[i];
@@ -318,21 +317,20 @@ class Columns {
     return fetch({from.view, from.row, from.first + 1}, extent.next(), 0);
   }
 
-  template <class E>
+  template <class E, class To>
   __device__ __forceinline__ void spread(const Raw& raw, const Samples&, const E&, float,
-                                         double* to) const {
+                                         To* to) const {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) to[i] = raw.samples[i];
+    for (int i = 0; i < kItems; ++i) to[i] = static_cast<To>(raw.samples[i]);
   }
-  template <class E>
+  template <class E, class To>
   __device__ __forceinline__ void spread_next(const Raw& raw, const Samples& from, const E& extent,
-                                              double* to) const {
+                                              To* to) const {
     spread(raw, from, extent, 0, to);
   }
 
-  template <class E>
-  __device__ __forceinline__ void put(const double* items, const Samples& to,
-                                      const E& extent) const {
+  template <class Item, class E>
+  __device__ __forceinline__ void put(const Item* items, const Samples& to, const E& extent) const {
     put_as<Storage>(items, to, extent);
   }
   template <class E>
@@ -353,8 +351,8 @@ class Columns {
       raw.samples[i] = extent.has(sample(i)) ? from.template get<Other>(sample(i)) : other;
     return raw;
   }
-  template <class Other, class E>
-  __device__ __forceinline__ void put_as(const double* items, const Samples& to,
+  template <class Other, class Item, class E>
+  __device__ __forceinline__ void put_as(const Item* items, const Samples& to,
                                          const E& extent) const {
 #pragma unroll
     for (int i = 0; i < kItems; ++i)
