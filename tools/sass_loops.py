@@ -11,11 +11,13 @@ samples by wide access; among those, one that enters no inner loop and calls no 
 can pass by; among those, the longest. Inner loops are waiting (on a status word) or walking (sample
 by sample, where a tile will not do); the trip that enters each of them once is counted beside it.
 
-A warp is taken to be converged: of BRA.CONV only the branch is followed, of BRA.DIV none.
+A warp is taken to be converged: of BRA.CONV only the branch is followed, of BRA.DIV none. A call of
+what lies behind the next instruction is a branch.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -162,7 +164,7 @@ class MainLoop:
 
 def main_loop(code: list[Instruction]) -> MainLoop:
     """The costs of a kernel whose instructions these are."""
-    blocks = _blocks(code)
+    blocks = _blocks(_with_branches(code))
     kernel = Loop(0, set(blocks), _loops(blocks, set(blocks)), is_kernel=True)
     trips = [(_trip(blocks, loop, Trip.usual), loop) for loop in _all_loops(kernel)]
     most = max(_moves(*each) for each in trips)
@@ -182,6 +184,21 @@ def _moves(trip: Trip, loop: Loop) -> tuple[int, ...]:
     """What the main loop has most of."""
     repeats = not loop.is_kernel
     return trip.wide, trip.wide > 0 and repeats, 0 if trip.wide else trip.bytes, repeats
+
+
+def _with_branches(code: list[Instruction]) -> list[Instruction]:
+    """The same with a branch for each call that only passes by the next instruction."""
+
+    def is_branch(at: int, instruction: Instruction) -> bool:
+        if instruction.name != "CALL":
+            return False
+        target = re.fullmatch(r"0x[0-9a-f]+", instruction.operands)
+        return target is not None and int(target[0], 16) == (at + 2) * INSTRUCTION_BYTES
+
+    return [
+        replace(instruction, opcode="BRA") if is_branch(at, instruction) else instruction
+        for at, instruction in enumerate(code)
+    ]
 
 
 def _blocks(code: list[Instruction]) -> dict[int, Block]:
