@@ -237,6 +237,27 @@ def test_edges_are_not_the_main_loop() -> None:
     assert (main.trip.instructions, main.trip.bytes) == (3, 32)
 
 
+def test_a_branch_that_looks_like_a_call() -> None:
+    """Catches a loop that seems never to end, and one around it preferred for what it moves beside
+    its samples.
+    """
+    main = main_loop(
+        code(
+            "MOV R1,R2",  # 0x00
+            LOAD,  # 0x10
+            STORE,  # 0x20
+            "@P0 CALL.REL.NOINC 0x50",  # 0x30
+            "BRA 0x10",  # 0x40
+            LOAD,  # 0x50
+            STORE,  # 0x60
+            "STG.E.U16 [R2],R4",  # 0x70
+            "@P1 BRA 0x0",  # 0x80
+            "EXIT",
+        )
+    )
+    assert (main.trip.instructions, main.trip.bytes, main.trip.cold) == (4, 32, 0)
+
+
 def test_widths() -> None:
     """Catches modifiers read as a width, and 64 bits that pass for wide."""
     accesses = {
