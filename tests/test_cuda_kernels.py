@@ -34,7 +34,7 @@ SHAPES = {
     "teams of 8": ((65, 7), -1, r"RowTiles<.*, 8, "),
     "teams of 32": ((9, 75), -1, r"RowTiles<.*, 32, "),
     "a block a row": ((9, 400), -1, r"RowTiles<.*, 256, "),
-    "a row over blocks": ((1, 4700), -1, r"SplitRows<"),  # the last tile takes several warps
+    "a row over blocks": ((1, 9400), -1, r"SplitRows<"),  # the last tile takes several warps
     "channels last": ((2, 25, 37), 1, r"Lanes<"),
     "channels last, over blocks": ((1, 200, 32), 1, r"Lanes<"),
 }
@@ -252,7 +252,7 @@ def test_no_barrier_can_be_left_out(loaded: ex.Executor, site: tuple[str, int]) 
                     work(*samples(shape, torch.float32))
             backward(signal(1, 70_000), 1)  # tiles whose sums several warps join
             for work in (forward, varying):
-                work(signal(7, 20_000), 1)  # blocks that go from row to row
+                work(signal(7, 40_000), 1)  # blocks that go from row to row
 
 
 #: Values against the oracle: forward and backward, dtypes, layouts, every edge of a tile, states,

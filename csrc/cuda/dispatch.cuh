@@ -15,13 +15,13 @@ namespace ema_ext::cuda {
 
 inline bool wants_gradient(const Scan& scan) { return scan.grad_coefficient.data != nullptr; }
 
-// The workspace of a split scan: a ticket, the messages of each tile of each row, what is known of
-// each row and, where alpha's gradient is wanted, the sums of each tile of each row.
+// The workspace of a split scan: a ticket, messages, what is known of each row and, where alpha's
+// gradient is wanted, the sums of each tile of each row.
 class SplitWorkspace {
  public:
   SplitWorkspace(const Scan& scan, int64_t tiles, int64_t messages, int64_t team_bytes,
                  int64_t sum_bytes = sizeof(AlphaSums))
-      : teams_at_(kMessages + tiles * messages * static_cast<int64_t>(sizeof(Message))),
+      : teams_at_(kMessages + messages * static_cast<int64_t>(sizeof(Message))),
         sums_at_(teams_at_ + scan.rows * team_bytes),
         ends_at_(sums_at_ + (wants_gradient(scan) ? tiles * sum_bytes : 0)),
         end_(ends_at_ +
@@ -126,11 +126,13 @@ struct Dispatch {
   static constexpr int64_t kTeamBytes = std::max(
       {kTeamOf<true, true>, kTeamOf<true, false>, kTeamOf<false, true>, kTeamOf<false, false>});
   static SplitWorkspace split_rows_workspace(const Scan& scan, const Plan& plan) {
-    return {scan, plan.blocks, wants_gradient(scan) ? 2 : 1, kTeamBytes, sizeof(TileSums)};
+    const int64_t messages = (plan.blocks + scan.rows) * (wants_gradient(scan) ? 2 : 1);
+    return {scan, plan.blocks, messages, kTeamBytes, sizeof(TileSums)};
   }
   static SplitWorkspace split_lanes_workspace(const Scan& scan, const Plan& plan) {
     const int64_t rows = plan.columns * (plan.aligned ? Chunk<Storage>::kSamples : 1);
-    return {scan, plan.blocks * rows, Lanes<Storage, true, true, true>::kMessages, 0};
+    const int64_t tiles = plan.blocks * rows;
+    return {scan, tiles, tiles * Lanes<Storage, true, true, true>::kMessages, 0};
   }
 
   template <bool kAligned>

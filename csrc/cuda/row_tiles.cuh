@@ -12,7 +12,7 @@ struct RowTiles {
   using Acc = typename T::Acc;
   static constexpr int kThreads = kBlockThreads;
   static constexpr int kMinBlocks =
-      tile_blocks(sizeof(typename T::Sample), T::kTeam, T::kAligned, T::kGradient);
+      tile_blocks(sizeof(typename T::Sample), T::kChunks, T::kTeam, T::kAligned, T::kGradient);
   static constexpr int kTeams = kThreads / T::kTeam;
 
   struct Arguments {
@@ -79,7 +79,10 @@ struct RowTiles {
   static __device__ __forceinline__ int warp_begin() {
     return thread() % T::kTeam / kWarp * T::kWarpChunks;
   }
-  static __device__ __forceinline__ int begin() { return thread() % T::kTeam * T::kChunks; }
+  // How many of the chunks from there on are in the tile, of `left` in the row.
+  static __device__ __forceinline__ int in_tile(int64_t left) {
+    return left < 0 ? 0 : left < T::kTileChunks ? static_cast<int>(left) : T::kTileChunks;
+  }
 
   template <bool kBackward>
   __device__ __forceinline__ int scan_tiles() {
@@ -89,20 +92,20 @@ struct RowTiles {
     double kappa = team_.walk.sums.weight, gradient = 0, kappa_before = 0;
     // Only of the row's first sample, which an average without an initial state copies. From one
     // that is not finite the scan starts at 0, and at the sample itself.
-    const bool starts = begin() == 0 && team_.parts.head == 0;
+    const bool starts = thread() % T::kTeam == 0 && team_.parts.head == 0;
     bool copies = !T::kGradient && starts && team_.row.copies_first;
     Acc added = starts ? static_cast<Acc>(team_.row.added_first) : 0;
     Acc in = copies && team_.walk.state == 0 ? 1 : k.in;
 
-    int64_t left = chunks_, most = left;
+    // Of the chunks from this warp's first on; what is whole is so for each warp by itself.
+    int64_t left = chunks_ - warp_begin(), most = chunks_;
     if (T::kTeam < kWarp)  // as many for every team that has any
       most = (scan_.length - (team_.row.last_is_lambda ? 1 : 0)) / T::kSamples;
-    const auto run = [&](auto* samples, const View& view) {
-      const int64_t n = team_.parts.head + warp_begin() * T::kSamples;
-      return moves.run(const_cast<Sample*>(samples) + n * view.time_stride, view.time_stride);
+    const auto run = [&](const Sample* samples, const View& view) {
+      return moves.run(samples, team_.parts.head + warp_begin() * T::kSamples, view.time_stride);
     };
     Run<Sample> from = run(team_.row.x, scan_.x), to = run(team_.row.y, scan_.y), from_own;
-    bool whole = left >= T::kTileChunks;
+    bool whole = left >= T::kWarpChunks;
     auto raw = moves.fetch(from, T::kAhead && whole);
     if constexpr (T::kGradient) {
       from_own = run(team_.row.forward_x, scan_.forward_x);
@@ -114,13 +117,11 @@ struct RowTiles {
 #pragma unroll 1
     for (; most > 0; most -= T::kTileChunks) {
       const bool is_whole = whole;
-      const int chunks = is_whole ? T::kTileChunks : static_cast<int>(left > 0 ? left : 0);
-      const int now = chunks - warp_begin();
-      mine = chunks - begin();  // or more, if others follow
+      const int now = in_tile(left);
+      mine = now - thread() % T::kLanes * T::kChunks;  // or more, if others follow
       if constexpr (!T::kAhead) raw = moves.fetch(from, is_whole);
-      moves.spread(from, is_whole, now, raw);
-      if constexpr (T::kGradient) raw = moves.fetch(from_own, is_whole);
-      if (!is_whole) clear<T>(moves, mine > 0 ? mine : 0, 0);
+      moves.spread(from, is_whole, now, raw, T::kGradient ? &from_own : nullptr);
+      clear<T>(moves, mine > 0 ? mine : 0, 0);
 #pragma unroll
       for (int c = 0; c < T::kChunks; ++c) moves.get(c, s + c * T::kSamples);
 
@@ -129,11 +130,10 @@ struct RowTiles {
       if constexpr (T::kGradient) {
         moves.spread(from_own, is_whole, now, raw);
         moves.advance(from_own);
-        last_reference_ =
-            is_whole ? moves.last_of(T::kChunks - 1) : end_chunks<T>(moves, mine, last_reference_);
+        last_reference_ = end_chunks<T>(moves, mine, last_reference_);
       }
       left -= T::kTileChunks;
-      whole = left >= T::kTileChunks;
+      whole = left >= T::kWarpChunks;
       moves.advance(from);
       if constexpr (T::kAhead) raw = moves.fetch(from, whole);
 

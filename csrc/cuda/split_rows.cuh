@@ -23,11 +23,12 @@ struct TileSums {
   double kappa;        // before it
 };
 
-template <class T>
+template <class Tiling>
 struct SplitRows {
+  using T = typename Tiling::Split;
   static constexpr int kThreads = kBlockThreads;
-  // With the gradient more is live than 128 registers hold.
-  static constexpr int kMinBlocks = T::kAligned && !T::kGradient ? kBlocksPerMultiprocessor : 1;
+  static constexpr int kMinBlocks =
+      tile_blocks(sizeof(typename T::Sample), T::kChunks, T::kTeam, T::kAligned, T::kGradient);
   static constexpr bool kGradient = T::kGradient;
   static constexpr int kMessages = kGradient ? 2 : 1;  // of a tile: state and kappa
   static constexpr int kGroup = 16, kBatch = kGroup * kGroup;
@@ -35,37 +36,39 @@ struct SplitRows {
   using Sample = typename T::Sample;
   using Acc = typename T::Acc;
 
-  // What is known of a row.
-  struct Team : TeamRow<T> {
-    Power<Acc> tiles[kGroup], groups[kGroup];  // over so many
-
-    __device__ Team(const Scan& scan, int64_t index) : TeamRow<T>(scan, index, true) {
-      const auto& decay = this->row.decay;
-#pragma unroll 1
-      for (int i = 0; i < kGroup; ++i) tiles[i] = decay.over(int64_t{T::kTile} * i);
-#pragma unroll 1
-      for (int i = 0; i < kGroup; ++i) groups[i] = decay.over(int64_t{T::kTile} * kGroup * i);
-#pragma unroll 1
-      for (int lane = 0; lane < kWarp; ++lane) this->powers.fill(lane);
-    }
-    __device__ int64_t tiles_there() const {
-      return (this->parts.chunks + T::kTileChunks - 1) / T::kTileChunks;
-    }
-  };
-
+  struct Team;
   struct Arguments {
     Scan scan;
     int64_t tiles;               // per row, some of which may have no samples
     unsigned long long* ticket;  // 0 before
-    Message* messages;           // kMessages of each (row * tiles + tile); 0 before
+    Message* messages;           // kMessages of each row's start and of each of its tiles; 0 before
     Uninitialized<Team>* teams;  // per row: from SplitHeads
     TileSums* sums;              // row * tiles + tile; for SplitSums
     AlphaSums* ends;             // per row, without what the tiles add; for SplitSums
+  };
+
+  // What is known of a row.
+  struct Team : TeamRow<T> {
+    int64_t begin;   // its first tile's ticket
+    int64_t last;    // its last tile with samples; -1 if there is none
+    Message* start;  // where its chunks begin; those of its tiles follow
+    TileSums* sums;  // of its tiles
+
+    __device__ Team(const Arguments& arguments, int64_t index)
+        : TeamRow<T>(arguments.scan, index, true),
+          begin(index * arguments.tiles),
+          last((this->parts.chunks + T::kTileChunks - 1) / T::kTileChunks - 1),
+          start(arguments.messages + (begin + index) * kMessages),
+          sums(arguments.sums + begin) {
+#pragma unroll 1
+      for (int lane = 0; lane < kWarp; ++lane) this->powers.fill(lane);
+    }
   };
   struct Shared {
     WarpStage<T> stage[kBlockWarps];
     Uninitialized<Team> team;
     typename ThreadPowers<T>::Room powers;
+    Power<Acc> tiles[kBatch];  // over so many
     Ends<double> ends[2][kBlockWarps];
     Acc references[2][kBlockWarps];  // of each warp's last stretch
     int64_t tickets[2];
@@ -77,6 +80,11 @@ struct SplitRows {
       take_rows<true>(arguments, shared);
     else
       take_rows<false>(arguments, shared);
+  }
+
+  static __device__ __forceinline__ void send_ends(Message* messages, const Ends<double>& ends) {
+    send(messages[0], ends.state);
+    if constexpr (kGradient) send(messages[1], ends.kappa);
   }
 
  private:
@@ -93,7 +101,7 @@ struct SplitRows {
       copy(arguments.teams[index], shared.team);
       __syncthreads();
       SplitRows row(arguments, shared, index, turn);
-      ticket = row.template scan_tiles<kBackward>(ticket);
+      ticket = row.team_.begin + row.template scan_tiles<kBackward>(ticket - row.team_.begin);
       turn = row.turn_;
       __syncthreads();
     }
@@ -110,7 +118,10 @@ struct SplitRows {
         team_(shared.team.value()),
         index_(index),
         turn_(turn),
-        powers_(shared.powers, team_.row.decay) {}
+        powers_(shared.powers, team_.row.decay) {
+    for (int i = thread(); i < kBatch; i += kThreads)
+      shared.tiles[i] = team_.row.decay.over(int64_t{T::kTile} * i);
+  }
 
   static __device__ __forceinline__ void copy(const Uninitialized<Team>& from,
                                               Uninitialized<Team>& to) {
@@ -120,21 +131,19 @@ struct SplitRows {
   }
 
   // Where this warp's share of the row's first tile begins.
-  template <class Stage, class Pointer>
-  __device__ __forceinline__ Run<Sample> run(const Stage& moves, Pointer samples,
+  template <class Stage>
+  __device__ __forceinline__ Run<Sample> run(const Stage& moves, const Sample* samples,
                                              const View& view) const {
-    const int64_t n = team_.parts.head + thread() / kWarp * (T::kWarpChunks * T::kSamples);
-    return moves.run(const_cast<Sample*>(samples) + n * view.time_stride, view.time_stride);
+    return moves.run(samples, team_.parts.head + thread() / kWarp * (T::kWarpChunks * T::kSamples),
+                     view.time_stride);
   }
 
-  // From this ticket's tile on, while tickets are for this row. Returns the first that is not.
+  // From this tile on, while tickets are for this row. Returns the first that is not, counted on.
   template <bool kBackward>
-  __device__ __forceinline__ int64_t scan_tiles(int64_t ticket) {
+  __device__ __forceinline__ int64_t scan_tiles(int64_t tile) {
     const Scan& scan = arguments_.scan;
     const auto& k = team_.powers;
     const Stage<T, kBackward> moves(shared_.stage[thread() / kWarp]);
-    const int64_t begin = index_ * arguments_.tiles, count = team_.tiles_there();
-    int64_t tile = ticket - begin;
     // Only of the row's first sample: as in RowTiles.
     const bool starts = tile == 0 && thread() == 0 && team_.parts.head == 0;
     bool copies = !kGradient && starts && team_.row.copies_first;
@@ -144,47 +153,45 @@ struct SplitRows {
     const Run<Sample> from = run(moves, team_.row.x, scan.x), to = run(moves, team_.row.y, scan.y);
     Run<Sample> from_own;
     if constexpr (kGradient) from_own = run(moves, team_.row.forward_x, scan.forward_x);
-    // A tile that is not whole has so many chunks, and is the last of the row.
-    const int rest = static_cast<int>(team_.parts.chunks % T::kTileChunks);
-    const int64_t whole_tiles = count - (rest > 0 ? 1 : 0);
+    // The last tile has so many chunks from this warp's first on; what is whole is so for each warp
+    // by itself.
+    const int warp_begin = thread() / kWarp * T::kWarpChunks;
+    const int rest =
+        static_cast<int>(team_.parts.chunks - team_.last * T::kTileChunks) - warp_begin;
+    const int64_t whole_tiles = team_.last + (rest < T::kWarpChunks ? 0 : 1);
     auto raw = moves.fetch(moves.at(from, tile), T::kAhead && tile < whole_tiles);
     int mine = 0;
     bool last = false;
     double kappa = 0;
     Acc s[T::kItems];
 #pragma unroll 1
-    while (tile < count) {
-      const bool whole = tile < whole_tiles;
-      last = tile == count - 1;
-      const int chunks = whole ? T::kTileChunks : rest;
-      const int now = chunks - thread() / kWarp * T::kWarpChunks;
-      mine = chunks - thread() * T::kChunks;
-      if (thread() == 0) shared_.tickets[turn_ ^ 1] = next_ticket(arguments_);
+    while (tile <= team_.last) {
+      last = tile == team_.last;
+      const int now = last ? rest : T::kTileChunks - warp_begin;
+      const bool whole = now >= T::kWarpChunks;
+      mine = now - thread() % kWarp * T::kChunks;
+      if (thread() == 0) shared_.tickets[turn_ ^ 1] = next_ticket(arguments_) - team_.begin;
       if constexpr (!T::kAhead) raw = moves.fetch(moves.at(from, tile), whole);
-      moves.spread(moves.at(from, tile), whole, now, raw);
-      if constexpr (kGradient) raw = moves.fetch(moves.at(from_own, tile), whole);
-      if (!whole) clear<T>(moves, mine > 0 ? mine : 0, 0);
+      const Run<Sample> own = kGradient ? moves.at(from_own, tile) : from_own;
+      moves.spread(moves.at(from, tile), whole, now, raw, kGradient ? &own : nullptr);
+      clear<T>(moves, mine > 0 ? mine : 0, 0);
 #pragma unroll
       for (int c = 0; c < T::kChunks; ++c) moves.get(c, s + c * T::kSamples);
 
       const Acc copied = s[0];
       const Ends<double> ends = scan_groups(fma(in, s[0], added), k, s);
       if constexpr (kGradient) {
-        moves.spread(moves.at(from_own, tile), whole, now, raw);
-        if (whole)
-          reference_ = moves.last_of(T::kChunks - 1);
-        else
-          reference_ = end_chunks<T>(moves, mine, reference_);
+        moves.spread(own, whole, now, raw);
+        reference_ = end_chunks<T>(moves, mine, reference_);
       }
       turn_ ^= 1;
       if (kGradient && thread() % kWarp == kWarp - 1)
         shared_.references[turn_][thread() / kWarp] = reference_;
       const FromZero zero = scan_block(ends, powers_.of_warp(), k, shared_.ends[turn_]);
-      ticket = shared_.tickets[turn_];
-      const int64_t next = ticket - begin;
+      const int64_t next = shared_.tickets[turn_];
       if constexpr (T::kAhead) raw = moves.fetch(moves.at(from, next), next < whole_tiles);
 
-      const Ends<double> before = fold(begin, tile, zero.tile, last);
+      const Ends<double> before = fold(tile, zero.tile);
       add_state(powers_.of_tile().join(zero.before.state, before.state), k, s);
       if (copies) s[0] = copied;
       copies = false;
@@ -194,7 +201,7 @@ struct SplitRows {
         const double samples = thread() * T::kItems;
         kappa = powers_.of_tile().join(zero.before.kappa, fma(samples, before.state, before.kappa));
         const Stretch<T> stretch(moves, s, reference_, k);
-        add_up(arguments_.sums[begin + tile], stretch, kappa, mine, before.kappa);
+        add_up(team_.sums[tile], stretch, kappa, mine, before.kappa);
       }
 #pragma unroll
       for (int c = 0; c < T::kChunks; ++c) moves.set(c, s + c * T::kSamples);
@@ -202,39 +209,28 @@ struct SplitRows {
       tile = next;
     }
     if (last && mine > 0 && mine <= T::kChunks) end_row(s, mine, kappa);
-    return ticket;
+    return tile;
   }
 
   // What lies before the tile, from what was sent; sends what the tile ends at.
-  __device__ __forceinline__ Ends<double> fold(int64_t begin, int64_t tile, const Ends<double>& own,
-                                               bool last) {
-    Message* const mine = arguments_.messages + (begin + tile) * kMessages;
+  __device__ __forceinline__ Ends<double> fold(int64_t tile, const Ends<double>& own) {
+    Message* const mine = team_.start + (1 + tile) * kMessages;
     const int i = static_cast<int>(tile) & (kGroup - 1);
-    const int g = static_cast<int>(tile) / kGroup & (kGroup - 1);
     const bool ends_group = i == kGroup - 1;
-    if (thread() == 0 && !ends_group && !last) send_ends(mine, own);
+    if (thread() == 0 && !ends_group) send_ends(mine, own);
 
-    // The lanes: a batch, then groups, in the upper half tiles. By tiles and groups in between.
-    const int lane = thread() % kWarp, place = lane % kGroup;
-    const bool of_tile = lane >= kGroup;
-    const int between = (of_tile ? i : g + 1) - 1 - place;
+    // The lanes: a batch, then groups, in the upper half tiles; so many messages back.
+    const int lane = thread() % kWarp, in_batch = static_cast<int>(tile) & (kBatch - 1);
+    const int back = lane < kGroup ? in_batch + 1 - lane * kGroup : i - (lane - kGroup);
     Ends<double> ends = {0, 0};
-    if (between >= 0) {
-      const int hops = of_tile ? between + 1 : between * kGroup + i + 1;
-      if (hops <= tile)
-        ends = receive_ends(mine - hops * kMessages);
-      else
-        ends = {team_.walk.state, team_.walk.sums.weight};
-      const Ends<double> nothing = {0, 0};
-      const auto& power = of_tile ? team_.tiles[between] : team_.groups[between];
-      ends = joined<T>(nothing, ends, (of_tile ? between : between * kGroup) * T::kTile, power);
-      if (!of_tile) ends = joined<T>(nothing, ends, i * T::kTile, team_.tiles[i]);
-    }
+    if (back > 0)
+      ends = joined<T>({0, 0}, receive_ends(mine - back * kMessages), (back - 1) * T::kTile,
+                       shared_.tiles[back - 1]);
 #pragma unroll
     for (int by = kGroup / 2; by > 0; by /= 2) ends = sum_across(ends, by);
     const Ends<double> before = sum_across(ends, kGroup);
-    if (thread() == kGroup && ends_group && !last) {  // it has the sum of the group's tiles
-      const bool ends_batch = g == kGroup - 1;
+    if (thread() == kGroup && ends_group) {  // it has the sum of the group's tiles
+      const bool ends_batch = in_batch == kBatch - 1;
       const Ends<double> past = {ends_batch ? before.state : ends.state,
                                  ends_batch ? before.kappa : ends.kappa};
       send_ends(mine, joined<T>(own, past, T::kTile, team_.powers.tile));
@@ -246,12 +242,10 @@ struct SplitRows {
     return {ends.state + __shfl_xor_sync(kAllLanes, ends.state, by),
             kGradient ? ends.kappa + __shfl_xor_sync(kAllLanes, ends.kappa, by) : 0};
   }
-  static __device__ __forceinline__ void send_ends(Message* messages, const Ends<double>& ends) {
-    send(messages[0], ends.state);
-    if constexpr (kGradient) send(messages[1], ends.kappa);
-  }
   static __device__ __forceinline__ Ends<double> receive_ends(const Message* messages) {
-    return {receive(messages[0]), kGradient ? receive(messages[kMessages - 1]) : 0};
+    double values[kMessages];
+    receive(messages, values);
+    return {values[0], kGradient ? values[kMessages - 1] : 0};
   }
 
   // Each warp its own, in a fixed order; the first stretch is as if the tile began with it.
@@ -288,32 +282,33 @@ struct SplitRows {
   Acc reference_ = 0;  // this thread's latest last sample
 };
 
-// Before SplitRows, a thread per row: what is known of it, and the walk to where its chunks begin;
-// all of it, if it has none.
-template <class T>
+// Before SplitRows, a thread per row: what is known of it, and the walk to where its chunks begin,
+// which sends what it ends at; all of it, if it has none.
+template <class Tiling>
 struct SplitHeads {
   static constexpr int kThreads = kWarp;
   static constexpr int kMinBlocks = 1;
-  using Split = SplitRows<T>;
+  using Split = SplitRows<Tiling>;
   using Arguments = typename Split::Arguments;
   struct Shared {};
 
   static __device__ void run(const Arguments& arguments, Shared&) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + thread();
     if (index >= arguments.scan.rows) return;
-    auto& team = *new (arguments.teams + index) typename Split::Team(arguments.scan, index);
+    auto& team = *new (arguments.teams + index) typename Split::Team(arguments, index);
+    Split::send_ends(team.start, {team.walk.state, team.walk.sums.weight});
     if (team.parts.chunks > 0) return;
     team.finish(arguments.scan, team.walk);
-    if constexpr (T::kGradient) arguments.ends[index] = team.walk.sums;
+    if constexpr (Split::kGradient) arguments.ends[index] = team.walk.sums;
   }
 };
 
 // The gradient to alpha of each split row, from the sums of its tiles: a block per row.
-template <class T>
+template <class Tiling>
 struct SplitSums {
   static constexpr int kThreads = kBlockThreads;
   static constexpr int kMinBlocks = 1;
-  using Split = SplitRows<T>;
+  using Split = SplitRows<Tiling>;
   using Arguments = typename Split::Arguments;
   struct Shared {
     double warps[kBlockWarps];
@@ -322,12 +317,11 @@ struct SplitSums {
   static __device__ void run(const Arguments& arguments, Shared& shared) {
     const int64_t index = blockIdx.x;
     const auto& team = arguments.teams[index].value();
-    const int64_t count = team.tiles_there();
-    const TileSums* const tiles = arguments.sums + index * arguments.tiles;
+    const TileSums* const tiles = team.sums;
     const AlphaSums& head = team.walk.sums;
     double mine = 0;
 #pragma unroll 1
-    for (int64_t t = thread(); t < count; t += kThreads) {
+    for (int64_t t = thread(); t <= team.last; t += kThreads) {
       const TileSums& tile = tiles[t];
       double sum = 0;
 #pragma unroll
@@ -337,7 +331,7 @@ struct SplitSums {
     mine = sum_over_block(mine, shared.warps);
     if (thread() != 0) return;
     AlphaSums sums = arguments.ends[index];
-    if (count > 0) sums.share += head.share + mine;
+    if (team.last >= 0) sums.share += head.share + mine;
     team.row.write_gradient(arguments.scan, team.at, sums);
   }
 };

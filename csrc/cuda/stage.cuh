@@ -45,14 +45,14 @@ class Stage {
         blocked_(shared.chunks + Place::place(thread() % kWarp * T::kChunks)),
         striped_(shared.chunks + Place::place(team() + member())) {}
 
-  // Of a tensor whose tile begins at `begin`, as far as this warp, or this team if it is smaller,
-  // is concerned.
-  __device__ __forceinline__ Run<Sample> run(Sample* begin, int64_t stride) const {
-    if constexpr (T::kAligned)
-      return {begin + (kBackward ? -T::kSamples * member() - (T::kSamples - 1)
-                                 : T::kSamples * member()),
-              stride};
-    return {begin + member() * stride, stride};
+  // Of a tensor's row whose tile begins at `begin`, as far as this warp, or this team if it is
+  // smaller, is concerned.
+  __device__ __forceinline__ Run<Sample> run(const Sample* row, int64_t begin,
+                                             int64_t stride) const {
+    auto* const samples = const_cast<Sample*>(row);
+    if constexpr (!T::kAligned) return {samples + (begin + member()) * stride, stride};
+    begin += T::kSamples * member();
+    return {samples + (kBackward ? -begin - (T::kSamples - 1) : begin), stride};
   }
   // That of the next tile.
   static __device__ __forceinline__ void advance(Run<Sample>& run) {
@@ -67,7 +67,7 @@ class Stage {
   }
 
   // A tile ahead of its `spread`, if it is whole; undefined if it is not.
-  __device__ __forceinline__ Raw fetch(const Run<Sample>& run, bool whole) const {
+  __device__ __forceinline__ Raw fetch(const Run<Sample>& run, bool whole = true) const {
     Raw raw;
     if (!whole) return raw;
     if constexpr (T::kAligned) {
@@ -81,9 +81,10 @@ class Stage {
   }
 
   // To where the threads that own them can get at them: what was fetched, if the tile is whole,
-  // else from memory the first `chunks` chunks. What is not there keeps some former value.
-  __device__ __forceinline__ void spread(const Run<Sample>& run, bool whole, int chunks,
-                                         const Raw& raw) const {
+  // else from memory the first `chunks` chunks. What is not there keeps some former value. If
+  // the tile is whole, fetches that of `next` as well.
+  __device__ __forceinline__ void spread(const Run<Sample>& run, bool whole, int chunks, Raw& raw,
+                                         const Run<Sample>* next = nullptr) const {
     __syncwarp();
     if (whole) {
       if constexpr (T::kAligned) {
@@ -93,6 +94,7 @@ class Stage {
 #pragma unroll
         for (int j = 0; j < T::kItems; ++j) *sample(j * T::kLanes + member()) = raw.samples[j];
       }
+      if (next != nullptr) raw = fetch(*next);
     } else {
       move(run, chunks, [](auto& stored, auto& in_memory) { stored = in_memory; });
     }

@@ -142,15 +142,13 @@ Plan make_plan(const Scan& scan, const Device& device) {
   if (scan.varying || scan.op == Op::kLinearRecurrenceBackward) return varying_plan(scan, device);
   if (touch(scan)) return lanes_plan(scan, device);
   const int64_t bytes = bytes_of(scan.x.dtype), samples = 16 / bytes;
-  const bool gradient = scan.grad_coefficient.data != nullptr, aligned = is_aligned(scan, true);
-  const int64_t items = samples * thread_chunks(bytes, aligned, gradient);
-  const int64_t tile = items * kBlockThreads;
+  const bool aligned = is_aligned(scan, true);
+  const int64_t tile = samples * thread_chunks(bytes, aligned, true) * kBlockThreads;
   const int64_t tiles = std::max<int64_t>(1, ceil_div(scan.length / samples, tile / samples));
   const bool few = scan.rows < kRowsPerMultiprocessor * device.multiprocessors;
   if (few && scan.length >= kSplitTiles * tile)
-    return {Strategy::kSplitRows, kBlockThreads, is_aligned(scan, true),
-            scan.rows * tiles,    tiles,         0};
-  const int team = rows_team(scan, items, device);
+    return {Strategy::kSplitRows, kBlockThreads, aligned, scan.rows * tiles, tiles, 0};
+  const int team = rows_team(scan, samples * thread_chunks(bytes, aligned, false), device);
   return {Strategy::kRows,
           team,
           is_aligned(scan, team > 8),

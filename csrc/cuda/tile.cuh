@@ -60,8 +60,10 @@ __device__ __forceinline__ Ends<double> joined(const Ends<double>& later, const 
 // is safe, that is for finite values and powers that do not underflow; else by Power's laws.
 template <class Acc, int kWidth, int kSteps, bool kTable>
 struct LanePowers {
-  // Over 1, 2, 4, ... lanes; with kTable of each lane, 0 where there are none so many before it.
-  double products[kSteps][kTable ? kWidth : 1];
+  // Over 1, 2, 4, ... lanes; with kTable of each lane up to the middle one, which stands for those
+  // after it, and 0 where there are none so many before it.
+  static constexpr int kLast = kTable ? kWidth / 2 : 0;
+  double products[kSteps][kLast + 1];
   Power<Acc> powers[kSteps];
   bool underflow;
 
@@ -70,21 +72,20 @@ struct LanePowers {
 #pragma unroll 1
     for (int i = 0; i < kSteps; ++i) {
       powers[i] = decay.over(samples << i);
-      products[i][kTable ? kWidth - 1 : 0] = decay.power(samples << i);
+      products[i][kLast] = decay.power(samples << i);
     }
-    underflow = sizeof(Acc) == 8 && fabs(product(kSteps - 1, kWidth - 1)) < kLeast;
+    underflow = sizeof(Acc) == 8 && fabs(products[kSteps - 1][kLast]) < kLeast;
   }
 
   // The constructor's last lane, to another one.
   __device__ void fill(int lane) {
-    if (!kTable || lane >= kWidth - 1) return;
+    if (!kTable || lane >= kLast) return;
 #pragma unroll 1
-    for (int i = 0; i < kSteps; ++i)
-      products[i][lane] = lane >= 1 << i ? products[i][kWidth - 1] : 0;
+    for (int i = 0; i < kSteps; ++i) products[i][lane] = lane >= 1 << i ? products[i][kLast] : 0;
   }
 
   __device__ __forceinline__ double product(int i, int lane) const {
-    if constexpr (kTable) return products[i][lane];
+    if constexpr (kTable) return products[i][lane < kLast ? lane : kLast];
     return lane >= 1 << i ? products[i][0] : 0;
   }
 };
@@ -142,20 +143,27 @@ class ThreadPowers {
   using Acc = typename T::Acc;
   static constexpr bool kShared = T::kBlock && T::kGradient;
   struct Room {
-    Power<Acc> lanes[kShared ? kBlockThreads : 1], threads[kShared ? kBlockThreads : 1];
+    Power<Acc> threads[kShared ? kBlockThreads : 1];
   };
 
   __device__ __forceinline__ ThreadPowers(Room& room, const Decay<Acc>& decay) : room_(room) {
-    own(room_.lanes, lane_) = TilePowers<T>::over_threads(thread() % T::kLanes, decay);
-    own(room_.threads, thread_) = TilePowers<T>::over_threads(thread() % T::kTeam, decay);
+    own() = TilePowers<T>::over_threads(thread() % T::kTeam, decay);
+    if constexpr (!kShared) lane_ = TilePowers<T>::over_threads(thread() % T::kLanes, decay);
   }
-  __device__ __forceinline__ const Power<Acc>& of_warp() { return own(room_.lanes, lane_); }
-  __device__ __forceinline__ const Power<Acc>& of_tile() { return own(room_.threads, thread_); }
+  // The first warp's threads begin in the tile where other warps' do in theirs: after a barrier.
+  __device__ __forceinline__ const Power<Acc>& of_warp() const {
+    if constexpr (kShared) return room_.threads[thread() % T::kLanes];
+    return lane_;
+  }
+  __device__ __forceinline__ const Power<Acc>& of_tile() const {
+    if constexpr (kShared) return room_.threads[thread()];
+    return thread_;
+  }
 
  private:
-  static __device__ __forceinline__ Power<Acc>& own(Power<Acc>* shared, Power<Acc>& register_) {
-    if constexpr (kShared) return shared[thread()];
-    return register_;
+  __device__ __forceinline__ Power<Acc>& own() {
+    if constexpr (kShared) return room_.threads[thread()];
+    return thread_;
   }
 
   Room& room_;
@@ -292,6 +300,11 @@ struct Stretch {
   double share = 0;
   Acc aggregate = 0, reference;
 
+  // Whether the innovation goes from sample to sample by their differences, in one instruction
+  // less. That takes c as rounded to float32 instead of alpha, which only samples of 2 bytes
+  // forgive.
+  static constexpr bool kByDifferences = sizeof(typename T::Sample) == 2;
+
   // From the adjoints s (in units of alpha * lambda) and the forward's x, which was spread. Against
   // the scan's time, x runs through the average itself. Chunks that are not there have s of 0 and
   // x of the reference, and so add nothing.
@@ -300,21 +313,27 @@ struct Stretch {
                                      const TilePowers<T>& k)
       : reference(reference) {
     constexpr int kC = T::kSamples, kSummed = 16;  // by 16 in Acc, and these in float64
-    Acc sum = 0;
+    Acc sum = 0, innovation = 0, former = reference;
 #pragma unroll
     for (int c = T::kChunks - 1; c >= 0; --c) {
       Acc items[kC];
       x.get(c, items);
 #pragma unroll
       for (int i = kC - 1; i >= 0; --i) {
-        const Acc innovation = items[i] - reference - aggregate;
+        if constexpr (kByDifferences) {
+          innovation = fma(k.powers[1], innovation, items[i] - former);
+          former = items[i];
+        } else {
+          innovation = items[i] - reference - aggregate;
+          aggregate = fma(k.alpha, innovation, aggregate);
+        }
         sum = fma(s[c * kC + i], innovation, sum);
-        aggregate = fma(k.alpha, innovation, aggregate);
       }
       if (c * kC % kSummed != 0) continue;
       share += sum;
       sum = 0;
     }
+    if constexpr (kByDifferences) aggregate = fma(-k.powers[1], innovation, former - reference);
   }
 
   // With kappa and the reference of the samples just before in the scan.
@@ -333,8 +352,8 @@ __device__ __forceinline__ void clear(const Stage& moves, int mine, typename T::
   for (int c = mine; c < T::kChunks; ++c) moves.set(c, items);
 }
 
-// Of the forward's x, in a tile that is not whole: what is not there repeats the last sample, or
-// `former` if there is none. Returns it.
+// Of the forward's x: what is not there repeats the last sample, or `former` if there is none.
+// Returns it.
 template <class T, class Stage>
 __device__ __forceinline__ typename T::Acc end_chunks(const Stage& moves, int mine,
                                                       typename T::Acc former) {

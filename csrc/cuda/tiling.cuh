@@ -6,8 +6,8 @@
 
 namespace ema_ext::cuda {
 
-template <class Storage_, int kTeam_, bool kAligned_, bool kGradient_>
-struct Tiling {
+template <class Storage_, int kTeam_, bool kAligned_, bool kGradient_, int kChunks_>
+struct Tile {
   using Storage = Storage_;
   using Sample = typename Storage::Sample;
   using Acc = typename Storage::Acc;
@@ -15,8 +15,8 @@ struct Tiling {
   static constexpr bool kAligned = kAligned_;    // samples move 16 bytes at a time
   static constexpr bool kGradient = kGradient_;  // to alpha, and so the forward's x is read as well
 
-  static constexpr int kSamples = Chunk<Storage>::kSamples;                           // of a chunk
-  static constexpr int kChunks = thread_chunks(sizeof(Sample), kAligned, kGradient);  // of a thread
+  static constexpr int kSamples = Chunk<Storage>::kSamples;  // of a chunk
+  static constexpr int kChunks = kChunks_;                   // of a thread
   static constexpr int kItems = kChunks * kSamples;
   static constexpr int kGroup = 4;  // samples that are scanned by c itself
   static constexpr int kGroups = kItems / kGroup;
@@ -33,6 +33,14 @@ struct Tiling {
   static constexpr int kWarpChunks = kLanes * kChunks;
   static constexpr int kTileChunks = kTeam * kChunks;
   static constexpr int kTile = kTeam * kItems;
+};
+
+// The tiles of a row that a team takes from end to end, and of one that is split over blocks.
+template <class Storage, int kTeam, bool kAligned, bool kGradient>
+struct Tiling : Tile<Storage, kTeam, kAligned, kGradient,
+                     thread_chunks(sizeof(typename Storage::Sample), kAligned, false)> {
+  using Split = Tile<Storage, kTeam, kAligned, kGradient,
+                     thread_chunks(sizeof(typename Storage::Sample), kAligned, true)>;
 };
 
 }  // namespace ema_ext::cuda

@@ -7,10 +7,13 @@
 namespace ema_ext::cuda {
 
 // Chunks of 16 bytes that a thread holds of each tensor: with 64 bytes on their way for each of 512
-// threads a multiprocessor has 32 kB in flight, and what a scan costs per thread is shared by many
-// samples. Half as many where there would not be registers for the samples.
-constexpr int thread_chunks(int64_t sample_bytes, bool aligned, bool gradient) {
-  return sample_bytes == 2 && (gradient || !aligned) ? 2 : 4;
+// threads, or 128 for 256, a multiprocessor has 32 kB in flight. Twice as many where more bytes
+// must share what a thread spends on a scan: halves, whose samples take as many instructions as
+// float32, and split rows, where each warp folds 31 messages a tile. Half as many halves where they
+// are moved one by one, for want of registers.
+constexpr int thread_chunks(int64_t sample_bytes, bool aligned, bool split) {
+  if (!aligned) return sample_bytes == 2 ? 2 : 4;
+  return sample_bytes == 2 || split ? 8 : 4;
 }
 
 // Threads of a block in every kernel. Eight warps share one carry per tile.
@@ -22,11 +25,12 @@ static_assert(kBlockWarps == 1 << kBlockSteps);
 // Blocks per multiprocessor that the registers of a kernel must leave room for: 128 a thread.
 constexpr int kBlocksPerMultiprocessor = 2;
 
-// The same of rows by tiles: one where samples are moved one by one, and where the gradient takes
-// more than 128: in float64, and on 12.0 over a warp or more in float32.
-constexpr int tile_blocks(int64_t sample_bytes, int team, bool aligned, bool gradient) {
-  const bool many = sample_bytes == 8 || (sample_bytes == 4 && team > 8);
-  return !aligned || (gradient && many) ? 1 : kBlocksPerMultiprocessor;
+// The same of tiles: one where samples are moved one by one, where a thread holds 8 chunks, which
+// take more than 128 and more than half of what 7.5 has of shared memory, and where the gradient
+// takes more on 12.0: in float32 over a warp or more.
+constexpr int tile_blocks(int64_t sample_bytes, int chunks, int team, bool aligned, bool gradient) {
+  const bool many = gradient && sample_bytes == 4 && team > 8;
+  return !aligned || chunks > 4 || many ? 1 : kBlocksPerMultiprocessor;
 }
 
 // Rows up to this many tiles of 8 threads are scanned by 8 threads, four rows a warp: a warp would
