@@ -32,8 +32,8 @@ RUNS = [
 #: kernel. Time comes in units of 16 bytes; one sample more makes every row end in a tail.
 SHAPES = {
     "teams of 8": ((65, 7), -1, r"RowTiles<.*, 8, "),
-    "teams of 32": ((9, 75), -1, r"RowTiles<.*, 32, "),
-    "a block a row": ((9, 400), -1, r"RowTiles<.*, 256, "),
+    "teams of 32": ((9, 150), -1, r"RowTiles<.*, 32, "),
+    "a block a row": ((9, 600), -1, r"RowTiles<.*, 256, "),
     "a row over blocks": ((1, 9400), -1, r"SplitRows<"),  # the last tile takes several warps
     "channels last": ((2, 25, 37), 1, r"Lanes<"),
     "channels last, over blocks": ((1, 200, 32), 1, r"Lanes<"),

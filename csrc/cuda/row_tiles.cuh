@@ -79,10 +79,6 @@ struct RowTiles {
   static __device__ __forceinline__ int warp_begin() {
     return thread() % T::kTeam / kWarp * T::kWarpChunks;
   }
-  // How many of the chunks from there on are in the tile, of `left` in the row.
-  static __device__ __forceinline__ int in_tile(int64_t left) {
-    return left < 0 ? 0 : left < T::kTileChunks ? static_cast<int>(left) : T::kTileChunks;
-  }
 
   template <bool kBackward>
   __device__ __forceinline__ int scan_tiles() {
@@ -97,16 +93,21 @@ struct RowTiles {
     Acc added = starts ? static_cast<Acc>(team_.row.added_first) : 0;
     Acc in = copies && team_.walk.state == 0 ? 1 : k.in;
 
-    // Of the chunks from this warp's first on; what is whole is so for each warp by itself.
-    int64_t left = chunks_ - warp_begin(), most = chunks_;
+    int64_t most = chunks_;
     if (T::kTeam < kWarp)  // as many for every team that has any
       most = (scan_.length - (team_.row.last_is_lambda ? 1 : 0)) / T::kSamples;
+    // No memory holds 2^31 tiles. Each has so many chunks from this warp's first on, the last one
+    // the rest; what is whole is so for each warp by itself.
+    int tiles = static_cast<int>((most + T::kTileChunks - 1) / T::kTileChunks);
+    const int full = chunks_ > 0 ? T::kTileChunks - warp_begin() : 0;
+    const int rest =
+        chunks_ > 0 ? full - static_cast<int>(int64_t{T::kTileChunks} * tiles - chunks_) : 0;
+    int next = tiles > 1 ? full : rest;
     const auto run = [&](const Sample* samples, const View& view) {
       return moves.run(samples, team_.parts.head + warp_begin() * T::kSamples, view.time_stride);
     };
     Run<Sample> from = run(team_.row.x, scan_.x), to = run(team_.row.y, scan_.y), from_own;
-    bool whole = left >= T::kWarpChunks;
-    auto raw = moves.fetch(from, T::kAhead && whole);
+    auto raw = moves.fetch(from, T::kAhead && next >= T::kWarpChunks);
     if constexpr (T::kGradient) {
       from_own = run(team_.row.forward_x, scan_.forward_x);
       reference_ = last_reference_ = static_cast<Acc>(team_.walk.sums.reference);
@@ -115,12 +116,12 @@ struct RowTiles {
     int mine = 0;
     Acc s[T::kItems];
 #pragma unroll 1
-    for (; most > 0; most -= T::kTileChunks) {
-      const bool is_whole = whole;
-      const int now = in_tile(left);
+    for (; tiles > 0; --tiles) {
+      const int now = next;
+      const bool whole = now >= T::kWarpChunks;
       mine = now - thread() % T::kLanes * T::kChunks;  // or more, if others follow
-      if constexpr (!T::kAhead) raw = moves.fetch(from, is_whole);
-      moves.spread(from, is_whole, now, raw, T::kGradient ? &from_own : nullptr);
+      if constexpr (!T::kAhead) raw = moves.fetch(from, whole);
+      moves.spread(from, whole, now, raw, T::kGradient ? &from_own : nullptr);
       clear<T>(moves, mine > 0 ? mine : 0, 0);
 #pragma unroll
       for (int c = 0; c < T::kChunks; ++c) moves.get(c, s + c * T::kSamples);
@@ -128,14 +129,13 @@ struct RowTiles {
       const Acc copied = s[0];
       const Ends<double> ends = scan_groups(fma(in, s[0], added), k, s);
       if constexpr (T::kGradient) {
-        moves.spread(from_own, is_whole, now, raw);
+        moves.spread(from_own, whole, now, raw);
         moves.advance(from_own);
         last_reference_ = end_chunks<T>(moves, mine, last_reference_);
       }
-      left -= T::kTileChunks;
-      whole = left >= T::kWarpChunks;
+      next = tiles > 2 ? full : tiles > 1 ? rest : 0;
       moves.advance(from);
-      if constexpr (T::kAhead) raw = moves.fetch(from, whole);
+      if constexpr (T::kAhead) raw = moves.fetch(from, next >= T::kWarpChunks);
 
       const FromZero zero = scan(ends);
       add_state(powers_.of_tile().join(zero.before.state, state.value), k, s);
@@ -154,7 +154,7 @@ struct RowTiles {
       state.advance(zero.tile.state, k.tile);
 #pragma unroll
       for (int c = 0; c < T::kChunks; ++c) moves.set(c, s + c * T::kSamples);
-      moves.put(to, is_whole, now);
+      moves.put(to, whole, now);
       moves.advance(to);
     }
     if constexpr (T::kGradient && !T::kBlock) gradient = sum_over_lanes<T::kLanes>(gradient);

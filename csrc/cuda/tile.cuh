@@ -234,11 +234,11 @@ __device__ __forceinline__ Ends<double> shuffle(const Ends<double>& ends, int fr
           T::kGradient ? __shfl_sync(kAllLanes, ends.kappa, from, width) : 0};
 }
 
-// Scans the ends of each of kWidth lanes of `samples` samples; `total` is the last lane's.
+// Scans the ends of each of kWidth lanes of `samples` samples.
 template <class T, int kWidth, int kSteps, bool kTable>
 __device__ __forceinline__ Ends<double> scan_shuffled(
     const Ends<double>& own, const LanePowers<typename T::Acc, kWidth, kSteps, kTable>& k,
-    double samples, Ends<double>& total) {
+    double samples) {
   const int lane = thread() % kWidth;
   Ends<double> ends = own;
 #pragma unroll
@@ -247,31 +247,34 @@ __device__ __forceinline__ Ends<double> scan_shuffled(
     ends = joined<T>(ends, shuffle_up<T>(ends, 1 << i, kWidth), samples * (1 << i),
                      [&](double aggregate, double state) { return fma(power, state, aggregate); });
   }
-  total = shuffle<T>(ends, kWidth - 1, kWidth);
   constexpr bool kWide = sizeof(typename T::Acc) == 8;
   const Ends<double> plain = ends;
-  bool again = !finite(total.state);
+  bool again = !finite(ends.state);
   if (kWide) again = again || k.underflow;
-  if (T::kLanes < kWarp) again = __any_sync(kAllLanes, again);  // teams of a warp shuffle together
+  again = __any_sync(kAllLanes, again);  // teams of a warp shuffle together
 #pragma unroll 1
   for (int i = again ? 0 : kSteps; i < kSteps; ++i) {
     if (i == 0) ends = own;
     const Ends<double> past = shuffle_up<T>(ends, 1 << i, kWidth);
     if (lane >= 1 << i) ends = joined<T>(ends, past, samples * (1 << i), k.powers[i]);
-    total = shuffle<T>(ends, kWidth - 1, kWidth);
   }
   // What is not finite leaves the bits of the samples before it alone. (Beside float32 the two laws
   // differ by less than is kept.)
   return kWide && !k.underflow && finite(plain.state) ? plain : ends;
 }
 
+// What the lanes before this one end at.
+template <class T>
+__device__ __forceinline__ Ends<double> before_lane(const Ends<double>& ends) {
+  const Ends<double> before = shuffle_up<T>(ends, 1, T::kLanes);
+  return thread() % T::kLanes == 0 ? Ends<double>{0, 0} : before;
+}
+
 // Teams of a warp or less: no barrier.
 template <class T>
 __device__ __forceinline__ FromZero scan_lanes(const Ends<double>& own, const TilePowers<T>& k) {
-  FromZero zero;
-  zero.before = shuffle_up<T>(scan_shuffled<T>(own, k.lanes, T::kItems, zero.tile), 1, T::kLanes);
-  if (thread() % T::kLanes == 0) zero.before = {0, 0};
-  return zero;
+  const Ends<double> ends = scan_shuffled<T>(own, k.lanes, T::kItems);
+  return {before_lane<T>(ends), shuffle<T>(ends, T::kLanes - 1, T::kLanes)};
 }
 
 // The whole block: one barrier. `lane` is over the lanes before this one. `warps` is left alone
@@ -280,13 +283,15 @@ template <class T>
 __device__ __forceinline__ FromZero scan_block(const Ends<double>& own,
                                                const Power<typename T::Acc>& lane,
                                                const TilePowers<T>& k, Ends<double>* warps) {
-  FromZero zero = scan_lanes(own, k);
+  const Ends<double> lanes = scan_shuffled<T>(own, k.lanes, T::kItems);
   const int warp = thread() / kWarp;
-  if (thread() % kWarp == 0) warps[warp] = zero.tile;
+  if (thread() % kWarp == kWarp - 1) warps[warp] = lanes;
+  FromZero zero;
+  zero.before = before_lane<T>(lanes);
   __syncthreads();
   constexpr int kWarpSamples = T::kItems * kWarp;
-  const Ends<double> ends =
-      scan_shuffled<T>(warps[thread() % kBlockWarps], k.warps, kWarpSamples, zero.tile);
+  const Ends<double> ends = scan_shuffled<T>(warps[thread() % kBlockWarps], k.warps, kWarpSamples);
+  zero.tile = shuffle<T>(ends, kBlockWarps - 1, kBlockWarps);
   const Ends<double> before = shuffle<T>(ends, warp - 1, kBlockWarps);
   if (warp > 0) zero.before = joined<T>(zero.before, before, thread() % kWarp * T::kItems, lane);
   return zero;
