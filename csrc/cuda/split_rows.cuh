@@ -104,6 +104,11 @@ struct SplitRows {
       ticket = row.team_.begin + row.template scan_tiles<kBackward>(ticket - row.team_.begin);
       turn = row.turn_;
       __syncthreads();
+      if (ticket >= (index + 1) * arguments.tiles) continue;
+      // A tile of this row that has no samples: the next one.
+      if (thread() == 0) shared.tickets[turn] = next_ticket(arguments);
+      __syncthreads();
+      ticket = shared.tickets[turn];
     }
   }
 
