@@ -165,6 +165,18 @@ def test_every_sample_is_moved_once(loaded: ex.Executor, shape: str, dtype: torc
     assert (counts["x"], counts["forward_x"], counts["y"]) == (read, read, written)
 
 
+@pytest.mark.parametrize("alpha", [1e-4, 1 - 2**-40], ids=["a tile less", "none"])
+def test_a_split_row_may_have_fewer_tiles(loaded: ex.Executor, alpha: float) -> None:
+    """Catches a block that stays at a tile without samples: of a row that begins between two
+    boundaries of 16 bytes, or that is walked."""
+    x = signal(2, 5 * 8192 + 5)
+    loaded.set("random", 1, 3)
+    y, _ = torch.ops.ema_ext_executor.ema_with_state(x, alpha, None, 1, False)
+    assert any("SplitRows<" in kernel for kernel in loaded.kernels())
+    expected, _ = torch.ops.ema_ext.ema_with_state(x.double(), alpha, None, 1, False)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("whole", [False, True], ids=["odd", "whole chunks"])
 @pytest.mark.parametrize("shape", SHAPES)
