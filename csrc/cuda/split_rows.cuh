@@ -103,12 +103,10 @@ struct SplitRows {
       SplitRows row(arguments, shared, index, turn);
       ticket = row.team_.begin + row.template scan_tiles<kBackward>(ticket - row.team_.begin);
       turn = row.turn_;
+      const bool passes = ticket < (index + 1) * arguments.tiles;  // that tile has no samples
+      if (passes && thread() == 0) shared.tickets[turn ^ 1] = next_ticket(arguments);
       __syncthreads();
-      if (ticket >= (index + 1) * arguments.tiles) continue;
-      // A tile of this row that has no samples: the next one.
-      if (thread() == 0) shared.tickets[turn] = next_ticket(arguments);
-      __syncthreads();
-      ticket = shared.tickets[turn];
+      if (passes) ticket = shared.tickets[turn ^= 1];
     }
   }
 
