@@ -84,7 +84,7 @@ class Stage {
   // else from memory the first `chunks` chunks. What is not there keeps some former value. If
   // the tile is whole, fetches that of `next` as well.
   __device__ __forceinline__ void spread(const Run<Sample>& run, bool whole, int chunks, Raw& raw,
-                                         const Run<Sample>* next = nullptr) const {
+                                         const Run<Sample>* next) const {
     __syncwarp();
     if (whole) {
       if constexpr (T::kAligned) {
@@ -99,6 +99,11 @@ class Stage {
       move(run, chunks, [](auto& stored, auto& in_memory) { stored = in_memory; });
     }
     __syncwarp();
+  }
+
+  __device__ __forceinline__ void spread(const Run<Sample>& run, bool whole, int chunks,
+                                         Raw raw) const {
+    spread(run, whole, chunks, raw, nullptr);
   }
 
   // This thread's k'th chunk of what was spread.

@@ -173,7 +173,7 @@ class AlignedRows {
   __device__ __forceinline__ Run<Sample> run(const Samples& of) const {
     const int64_t n = of.first + rank() / kLanes * (kWarpChunks * kSamples);
     Sample* const begin = static_cast<Sample*>(of.view.data) + of.row;
-    return stage_.run(kBackward ? begin - n : begin + n, kBackward ? -1 : 1);
+    return stage_.run(begin, n, kBackward ? -1 : 1);
   }
 
   const Mover stage_;
