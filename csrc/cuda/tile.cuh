@@ -79,9 +79,11 @@ struct LanePowers {
 
   // The constructor's last lane, to another one.
   __device__ void fill(int lane) {
-    if (!kTable || lane >= kLast) return;
+    if constexpr (kTable) {
+      if (lane >= kLast) return;
 #pragma unroll 1
-    for (int i = 0; i < kSteps; ++i) products[i][lane] = lane >= 1 << i ? products[i][kLast] : 0;
+      for (int i = 0; i < kSteps; ++i) products[i][lane] = lane >= 1 << i ? products[i][kLast] : 0;
+    }
   }
 
   __device__ __forceinline__ double product(int i, int lane) const {
