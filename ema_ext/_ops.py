@@ -56,6 +56,18 @@ def _empty_state(x: Tensor, dim: int) -> Tensor:
     return x.new_empty(shape, dtype=ACCUMULATE_DTYPE[x.dtype])
 
 
+def _check_samples(x: Tensor, dim: int) -> None:
+    """What the kernels check of samples, of tensors that do not get there."""
+    if x.dtype not in ACCUMULATE_DTYPE:
+        raise RuntimeError(f"x must be float32, float64, float16 or bfloat16, and is {x.dtype}")
+    _check_dim(dim, x.dim())
+
+
+def _check_dim(dim: int, rank: int) -> None:
+    if not -rank <= dim < rank:
+        raise RuntimeError(f"dim must lie in [{-rank}, {rank}), and is {dim}")
+
+
 def _same_device(x: Tensor, *companions: float | Tensor | None) -> None:
     # A meta companion brings a direct call with a real x here.
     for companion in companions:
@@ -70,6 +82,7 @@ def _fake_ema(
     dim: int = -1,
     reverse: bool = False,
 ) -> Tensor:
+    _check_samples(x, dim)
     _same_device(x, alpha, initial_state)
     return torch.empty_like(x)
 
@@ -77,6 +90,7 @@ def _fake_ema(
 def _fake_ema_with_state(
     x: Tensor, alpha: float | Tensor, initial_state: Tensor | None, dim: int, reverse: bool
 ) -> tuple[Tensor, Tensor]:
+    _check_samples(x, dim)
     _same_device(x, alpha, initial_state)
     return torch.empty_like(x), _empty_state(x, dim)
 
@@ -89,6 +103,7 @@ def _fake_ema_backward(
     dim: int,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_samples(grad_y, dim)
     _same_device(grad_y, grad_state)
     return torch.empty_like(grad_y), _empty_state(grad_y, dim)
 
@@ -96,6 +111,7 @@ def _fake_ema_backward(
 def _fake_ema_backward_samples(
     grad_y: Tensor, alpha: float, dim: int = -1, reverse: bool = False
 ) -> Tensor:
+    _check_samples(grad_y, dim)
     return torch.empty_like(grad_y)
 
 
@@ -108,6 +124,7 @@ def _fake_ema_backward_tensor(
     dim: int,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_samples(grad_y, dim)
     _same_device(grad_y, grad_state, x, alpha, initial_state)
     grad_alpha = alpha.new_empty(alpha.shape)
     return torch.empty_like(grad_y), grad_alpha, _empty_state(grad_y, dim)
@@ -130,6 +147,7 @@ def _fake_ema_backward_varying(
 def _fake_linear_recurrence(
     a: Tensor, b: Tensor, initial_state: Tensor | None, dim: int, reverse: bool
 ) -> Tensor:
+    _check_samples(b, dim)
     _same_device(b, a, initial_state)
     return torch.empty_like(b)
 
@@ -137,6 +155,7 @@ def _fake_linear_recurrence(
 def _fake_linear_recurrence_with_state(
     a: Tensor, b: Tensor, initial_state: Tensor | None, dim: int, reverse: bool
 ) -> tuple[Tensor, Tensor]:
+    _check_samples(b, dim)
     _same_device(b, a, initial_state)
     return torch.empty_like(b), _empty_state(b, dim)
 
@@ -150,6 +169,7 @@ def _fake_linear_recurrence_backward(
     dim: int,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_samples(grad_y, dim)
     _same_device(grad_y, grad_state, a, y, initial_state)
     return a.new_empty(a.shape), torch.empty_like(grad_y), _empty_state(grad_y, dim)
 
@@ -220,6 +240,8 @@ def _batching_rule(operator: str) -> Callable[..., Any]:
         x, at = arguments[roles.index("x")], in_dims[roles.index("x")]
         ranks = {"x": x.dim() - (at is not None)}
         ranks |= {"alpha": ranks["x"], "state": ranks["x"] - 1}
+        if "dim" in ROLES[operator]:  # or it would count vmap's own dimension
+            _check_dim(arguments[roles.index("dim")] if "dim" in roles else -1, ranks["x"])
         batched = [
             _batched(value, at, info.batch_size, ranks[role])
             if isinstance(value, Tensor)

@@ -93,7 +93,7 @@ def _placements(operator: str, *arguments: Any) -> list[tuple[list[Any], list[An
     roles = every[: len(arguments)]  # the others keep their defaults
     x = arguments[roles.index("x")]
     dim = arguments[roles.index("dim")] if "dim" in roles else -1
-    time = dim % x.ndim if "dim" in every else x.ndim
+    time = dim + x.ndim * (dim < 0) if "dim" in every else x.ndim
     alpha: Any = arguments[roles.index("alpha")] if "alpha" in roles else None
 
     def shard(role: str, shape: Any, sharded: int) -> Any:

@@ -138,7 +138,7 @@ def ema(
                 y: Tensor = direct_ema(x, (alpha, dim, reverse))
                 return y
         except RuntimeError:
-            pass  # of the operator, about a dtype, dim, device or layout: _general names it
+            pass  # about a dtype, dim, device or layout: _general names it, and meets others again
     return _general(x, alpha, dim, initial_state, reverse, return_state)
 
 

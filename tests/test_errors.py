@@ -216,3 +216,16 @@ def test_a_0_dim_tensor_on_the_cpu_may_stand_beside_any_device() -> None:
         for other in (torch.full((3, 1), 0.5), torch.full((1,), 0.5)):
             with pytest.raises(RuntimeError, match=r"(alpha|a) is on cpu but (x|b) is on meta"):
                 function(x, other)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_meta_tensors_are_checked(requires_grad: bool) -> None:
+    """Catches a fake kernel that takes what the kernels do not."""
+    x = torch.empty(7, device="meta", requires_grad=requires_grad)
+    with pytest.raises(IndexError, match="dim"):
+        ema(x, 0.5, dim=7)
+    with pytest.raises(ValueError, match="x"):
+        ema(x[0], 0.5)
+    for dtype in (torch.int64, torch.complex64):
+        with pytest.raises(TypeError, match="x"):
+            ema(torch.empty(7, device="meta", dtype=dtype), 0.5)

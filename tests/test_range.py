@@ -68,3 +68,19 @@ def test_meta_companion_of_a_real_tensor() -> None:
         torch.ops.ema_ext.ema.Tensor(
             torch.rand(3, 4), torch.rand(3, 1, device="meta"), None, 1, False
         )
+
+
+@pytest.mark.parametrize("alpha", [0.02, 0.5, 0.98])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_samples_and_states(dtype: torch.dtype, alpha: float) -> None:
+    """Catches a scan that overflows on its way to a gradient or an average that does not."""
+    x = torch.zeros(2, 4096, dtype=dtype, requires_grad=True)
+    y, state = ema(x, alpha, return_state=True)
+    (grad,) = torch.autograd.grad(
+        [y, state], x, [torch.zeros_like(y), torch.full_like(state, 2e37)]
+    )
+    assert grad.isfinite().all()
+    wanted = 2e37 * alpha * (1 - alpha) ** torch.arange(3, -1, -1, dtype=torch.float64)
+    torch.testing.assert_close(grad[:, -4:].double(), wanted.expand(2, 4), rtol=1e-2, atol=0)
+    largest = torch.full_like(x, 0.9 * torch.finfo(dtype).max).detach()
+    bounds.check_forward(ema(largest, alpha), largest, alpha)

@@ -207,3 +207,15 @@ def test_vmap_over_one_argument(over: int, shape: tuple[int, ...]) -> None:
         got = vmap(f, dims)(*values)
         each = [f(*(v[k] if i == over else v for i, v in enumerate(values))) for k in range(4)]
         assert torch.equal(got, torch.stack(each))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_vmap_counts_the_dimensions_that_it_leaves(requires_grad: bool) -> None:
+    """Catches a dim, the default one too, that comes to stand for vmap's own dimension."""
+    x = signal(4, 5).requires_grad_(requires_grad)
+    with pytest.raises(IndexError, match="dim"):
+        torch.vmap(lambda row: ema(row, 0.5, dim=-2))(x)
+    with pytest.raises(ValueError, match="x"):
+        torch.vmap(lambda number: ema(number, 0.5))(x[0])
+    with pytest.raises(RuntimeError, match="dim"):
+        torch.vmap(lambda row: torch.ops.ema_ext.ema(row, 0.5, None, -2))(x)

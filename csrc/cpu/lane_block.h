@@ -70,7 +70,7 @@ class LaneBlock {
     if (rows_ == kRows && rows_touch(problem_, problem_.ndim - 1))
       walk_touching(begin, end);
     else if (M == 1 && rows_ == 1)
-      run<Alone<Storage>, false>(lines<Alone<Storage>>(begin), begin, end);
+      walk_alone(begin, end);
     else
       walk_staged(begin, end);
     if (begin == 0 && copies_first_) copy_first();
@@ -147,6 +147,10 @@ class LaneBlock {
         return run<Storage, true>(lines<Storage>(begin), begin, end);
     }
     run<Storage, false>(lines<Storage>(begin), begin, end);
+  }
+
+  void walk_alone(int64_t begin, int64_t end) {
+    if constexpr (M == 1) run<Alone<Storage>, false>(lines<Alone<Storage>>(begin), begin, end);
   }
 
   __attribute__((noinline)) void walk_staged(int64_t begin, int64_t end) {

@@ -2,7 +2,7 @@
 //
 // A pair lies in 32 bits, out of which its samples come, and into which they go, side by side with
 // those of other pairs. With e and l the earlier and the later sample of a pair,
-//   the later    are scanned as tiles of ratio c^2 (tiles.h) of l + c * e: half as many samples
+//   the later    are scanned as tiles (tiles.h) of ratio c^2 of in * l + in * c * e: half as many
 //   the earlier  follow from the later one before them, y_e = in * e + c * y_l
 #pragma once
 
@@ -12,17 +12,19 @@
 namespace ema_ext::cpu::EMA_EXT_LEVEL {
 
 constexpr int64_t kPairTile = 2 * kTile<float>;
+static_assert(kChunkSamples % kPairTile == 0);
 
 struct PairCoefficients {
-  bool fit;                     // whether powers of c^2 serve, as in TileCoefficients
-  TileVector<float> in, ratio;  // in all lanes
+  bool fit;                           // whether powers of c^2 serve, as in TileCoefficients
+  TileVector<float> in, ratio, both;  // in all lanes; both is their product
   TileCoefficients<float> later;
 
   PairCoefficients(const TileCoefficients<float>& k, double in)
       : fit(k.decay.ratio > 0 && k.decay.power(2 * kLanes<float>) >= kSmallestPower<float>),
         in(TileVector<float>{} + static_cast<float>(in)),
         ratio(TileVector<float>{} + static_cast<float>(k.ratio)),
-        later(k.of_pairs(in)) {}
+        both(TileVector<float>{} + static_cast<float>(in * k.ratio)),
+        later(k.of_pairs()) {}
 };
 
 template <class Storage>
@@ -58,9 +60,9 @@ struct PairRun {
   __attribute__((noinline)) void read(const Sample* x, int64_t n, float* later) const {
     for (int64_t i = 0; i < n / 2; i += kN) {
       const Pairs pairs = Storage::split(load<PairBits>(x + 2 * i));
-      const V sum =
-          Direction > 0 ? pairs.high + k.ratio * pairs.low : pairs.low + k.ratio * pairs.high;
-      store(later + i, sum);
+      const V l = Direction > 0 ? pairs.high : pairs.low;
+      const V e = Direction > 0 ? pairs.low : pairs.high;
+      store(later + i, k.in * l + rounded(k.both * e));
     }
   }
 

@@ -11,7 +11,7 @@ class Segment {
  public:
   using T = typename Storage::Acc;
 
-  // From sample `begin` of the row on. `pairs` are there where Storage::kByPairs.
+  // From sample `begin` of the row on. `pairs` are there unless Storage::kDirect.
   Segment(const Problem& problem, const TileCoefficients<T>& k, const PairCoefficients* pairs,
           const Row<Storage>& row, int64_t begin, const Carry& carry)
       : problem_(problem),
@@ -86,8 +86,11 @@ class Segment {
   template <int Direction>
   void through_buffer(int64_t n) {
     int64_t done = 0;
-    if constexpr (!Storage::kDirect)
-      if (pairs_->fit && row_.forward_x == nullptr) done = by_pairs<Direction>(n);
+    if constexpr (!Storage::kDirect) {
+      // Asked of the row, not of this segment, whose aggregate alone may be wanted.
+      const bool starts = finite(static_cast<float>(row_.start / scan_.k.ratio));
+      if (pairs_->fit && starts && row_.forward_x == nullptr) done = by_pairs<Direction>(n);
+    }
     by_chunks<Direction>(done, n);
   }
 
@@ -144,16 +147,15 @@ class Segment {
   template <int Direction>
   void add_alpha(const T* y, int64_t done, int64_t count) {
     const AlphaScan<T, Direction> alpha{scan_.k};
-    const int64_t stride = problem_.forward_x.time_stride, padding = (kT - count % kT) % kT;
+    const int64_t stride = problem_.forward_x.time_stride;
     if constexpr (Storage::kDirect) {
       if (stride == Direction) {
         const Sample* x = row_.forward_x + (begin_ + done) * stride;
-        return alpha.prepend_chunk(y, Direction > 0 ? x : x - (count - 1) - padding, count, alpha_);
+        return alpha.prepend_chunk(y, Direction > 0 ? x : x - (count - 1), count, alpha_);
       }
     }
     alignas(64) T x[kChunkSamples];
-    unpack<Direction>(row_.forward_x, stride, begin_ + done, count,
-                      Direction > 0 ? x : x + padding);
+    unpack<Direction>(row_.forward_x, stride, begin_ + done, count, x);
     alpha.prepend_chunk(y, x, count, alpha_);
   }
 

@@ -61,9 +61,10 @@ struct TileCoefficients {
     if (with_sample_powers) fill_sample_powers();
   }
 
-  // Of every other sample, from the second on; the carry stays what comes to the first.
-  TileCoefficients of_pairs(double in) const {
-    TileCoefficients k({ratio * ratio, decay.complement * (1 + ratio)}, in, tile_decay * tile_decay,
+  // Of every other sample, from the second on, with its factor on the input applied; the carry
+  // stays what comes to the first.
+  TileCoefficients of_pairs() const {
+    TileCoefficients k({ratio * ratio, decay.complement * (1 + ratio)}, 1, tile_decay * tile_decay,
                        drop * (1 + tile_decay));
     k.ratio = ratio;
     for (auto& powers : k.lane_powers)

@@ -100,8 +100,11 @@ struct AlphaScan {
     const int64_t tiles = (count + kT - 1) / kT;
     alignas(64) T referred[kChunkSamples];
     T references[kChunkSamples / kT];
-    for (int64_t i = 0; i < tiles; ++i)
-      references[i] = refer(x + i * kT, referred + i * kT, valid_in(i, count));
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int valid = valid_in(i, count);
+      references[i] = refer(x, referred + i * kT, valid);
+      x += valid;
+    }
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t i = Direction > 0 ? t : tiles - 1 - t;
       sums.prepend(sum<kSteep>(y + i * kT, referred + i * kT, references[i], valid_in(i, count)));
@@ -115,15 +118,15 @@ struct AlphaScan {
     return static_cast<int>(rest != 0 && i == last ? rest : kT);
   }
 
-  // The tile's samples less the first one in the forward's time, which is returned; padding is 0.
+  // The `valid` samples of a tile less the first in the forward's time, which is returned, and 0
+  // for the padding.
   static EMA_EXT_INLINE T refer(const T* x, T* tile, int valid) {
-    const int first = Direction > 0 ? 0 : kT - valid;
-    const T reference = x[Direction > 0 ? valid - 1 : first];
+    const T reference = x[Direction > 0 ? valid - 1 : 0];
     if (__builtin_expect(valid == kT, 1)) {
       for (int i = 0; i < kT; ++i) tile[i] = x[i] - reference;
     } else {
       std::memset(tile, 0, kT * sizeof(T));
-      for (int i = first; i < first + valid; ++i) tile[i] = x[i] - reference;
+      for (int i = 0; i < valid; ++i) tile[Direction > 0 ? i : kT - valid + i] = x[i] - reference;
     }
     return reference;
   }
