@@ -134,18 +134,6 @@ struct Chunk {
     return chunk;
   }
 
-  // For `turned`: the chunk as it is, or its samples from last to first.
-  static __device__ __forceinline__ unsigned order(bool backward) {
-    return !backward ? 0x3210 : sizeof(Sample) == 2 ? 0x5476 : 0x7654;
-  }
-  static __device__ __forceinline__ uint4 turned(const uint4& chunk, unsigned order) {
-    if constexpr (sizeof(Sample) == 8)
-      return {__byte_perm(chunk.x, chunk.z, order), __byte_perm(chunk.y, chunk.w, order),
-              __byte_perm(chunk.z, chunk.x, order), __byte_perm(chunk.w, chunk.y, order)};
-    return {__byte_perm(chunk.x, chunk.w, order), __byte_perm(chunk.y, chunk.z, order),
-            __byte_perm(chunk.z, chunk.y, order), __byte_perm(chunk.w, chunk.x, order)};
-  }
-
  private:
   template <bool kBackward>
   static constexpr __host__ __device__ int place(int i) {
