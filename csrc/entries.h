@@ -32,6 +32,10 @@ struct Entries {
     return scan(Op::kEma, x, {"alpha", nullptr, alpha}, initial_state, dim, reverse, nullptr);
   }
 
+  static Tensor ema_samples(const Tensor& x, double alpha, int64_t dim, bool reverse) {
+    return scan(Op::kEma, x, {"alpha", nullptr, alpha}, {}, dim, reverse, nullptr);
+  }
+
   static Tensor ema_tensor(const Tensor& x, const Tensor& alpha,
                            const OptionalTensor& initial_state, int64_t dim, bool reverse) {
     return scan(Op::kEma, x, {"alpha", &alpha, 0}, initial_state, dim, reverse, nullptr);
@@ -251,6 +255,7 @@ template <class Backend, class Library>
 void register_entries(Library& m) {
   using E = Entries<Backend>;
   m.impl("ema", TORCH_BOX(&E::ema));
+  m.impl("ema.Samples", TORCH_BOX(&E::ema_samples));
   m.impl("ema.Tensor", TORCH_BOX(&E::ema_tensor));
   m.impl("ema_with_state", TORCH_BOX(&E::ema_with_state));
   m.impl("ema_with_state.Tensor", TORCH_BOX(&E::ema_with_state_tensor));

@@ -8,10 +8,9 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ema_ext, m) {
-  // Defaults are what the usual call need not hand over, argument by argument, from Python.
-  m.def(
-      "ema(Tensor x, float alpha, Tensor? initial_state=None, int dim=-1, bool reverse=False)"
-      " -> Tensor");
+  m.def("ema(Tensor x, float alpha, Tensor? initial_state, int dim, bool reverse) -> Tensor");
+  // The same without states. Defaults are what the usual call need not hand over from Python.
+  m.def("ema.Samples(Tensor x, float alpha, int dim=-1, bool reverse=False) -> Tensor");
   m.def(
       "ema.Tensor(Tensor x, Tensor alpha, Tensor? initial_state, int dim, bool reverse) -> Tensor");
   m.def(

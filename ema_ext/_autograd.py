@@ -165,7 +165,7 @@ class DirectEMA(Function):
         # As ema_of_samples, whose frame would cost as much.
         if dim == -1 and not reverse:
             return _ops.ema_directly(x, alpha)
-        return _ops.ema_directly(x, alpha, None, dim, reverse)
+        return _ops.ema_directly(x, alpha, dim, reverse)
 
     @staticmethod
     def backward(ctx: Context, grad_y: Tensor) -> Any:
@@ -192,7 +192,7 @@ def ema_of_samples(x: Tensor, alpha: float, dim: int, reverse: bool) -> Tensor:
     """
     if dim == -1 and not reverse:
         return _ops.ema_directly(x, alpha)
-    return _ops.ema_directly(x, alpha, None, dim, reverse)
+    return _ops.ema_directly(x, alpha, dim, reverse)
 
 
 class FloatAdjoint(Rule):

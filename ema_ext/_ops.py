@@ -32,6 +32,7 @@ Op3 = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 _namespace = torch.ops.ema_ext
 ema: Op = _namespace.ema.default
+ema_samples: Op = _namespace.ema.Samples
 ema_tensor: Op = _namespace.ema.Tensor
 ema_with_state: Op2 = _namespace.ema_with_state.default
 ema_with_state_tensor: Op2 = _namespace.ema_with_state.Tensor
@@ -46,7 +47,7 @@ sum_to: Op = _namespace.sum_to.default
 
 #: Without the Python frame in front of an operator, a tenth of a small call. torch.compile cannot
 #: trace these.
-ema_directly: Op = getattr(ema, "_op", ema)
+ema_directly: Op = getattr(ema_samples, "_op", ema_samples)
 ema_backward_directly: Op = getattr(ema_backward_samples, "_op", ema_backward_samples)
 
 
@@ -76,14 +77,15 @@ def _same_device(x: Tensor, *companions: float | Tensor | None) -> None:
 
 
 def _fake_ema(
-    x: Tensor,
-    alpha: float | Tensor,
-    initial_state: Tensor | None = None,
-    dim: int = -1,
-    reverse: bool = False,
+    x: Tensor, alpha: float | Tensor, initial_state: Tensor | None, dim: int, reverse: bool
 ) -> Tensor:
     _check_samples(x, dim)
     _same_device(x, alpha, initial_state)
+    return torch.empty_like(x)
+
+
+def _fake_samples(x: Tensor, alpha: float, dim: int = -1, reverse: bool = False) -> Tensor:
+    _check_samples(x, dim)
     return torch.empty_like(x)
 
 
@@ -106,13 +108,6 @@ def _fake_ema_backward(
     _check_samples(grad_y, dim)
     _same_device(grad_y, grad_state)
     return torch.empty_like(grad_y), _empty_state(grad_y, dim)
-
-
-def _fake_ema_backward_samples(
-    grad_y: Tensor, alpha: float, dim: int = -1, reverse: bool = False
-) -> Tensor:
-    _check_samples(grad_y, dim)
-    return torch.empty_like(grad_y)
 
 
 def _fake_ema_backward_tensor(
@@ -181,11 +176,12 @@ def _fake_sum_to(terms: Tensor, like: Tensor) -> Tensor:
 
 _FAKES: dict[str, Callable[..., object]] = {
     "ema": _fake_ema,
+    "ema.Samples": _fake_samples,
     "ema.Tensor": _fake_ema,
     "ema_with_state": _fake_ema_with_state,
     "ema_with_state.Tensor": _fake_ema_with_state,
     "ema_backward": _fake_ema_backward,
-    "ema_backward.Samples": _fake_ema_backward_samples,
+    "ema_backward.Samples": _fake_samples,
     "ema_backward.Tensor": _fake_ema_backward_tensor,
     "ema_backward.Varying": _fake_ema_backward_varying,
     "linear_recurrence": _fake_linear_recurrence,
@@ -202,6 +198,7 @@ for _operator, _fake in _FAKES.items():
 #: dimensions.
 ROLES = {
     "ema": ("x", "", "state", "dim", ""),
+    "ema.Samples": ("x", "", "dim", ""),
     "ema.Tensor": ("x", "alpha", "state", "dim", ""),
     "ema_with_state": ("x", "", "state", "dim", ""),
     "ema_with_state.Tensor": ("x", "alpha", "state", "dim", ""),
@@ -264,3 +261,10 @@ def _batching_rule(operator: str) -> Callable[..., Any]:
 
 for _operator in ROLES:
     torch.library.register_vmap(f"ema_ext::{_operator}", _batching_rule(_operator))
+
+# Autograd looks out for gradients that get lost in operators that it knows nothing of, which takes
+# a microsecond a call. These two run within a Function, or where no gradient is wanted.
+_torch_library: Any = torch.library
+_unwatched = _torch_library.Library("ema_ext", "IMPL")
+for _operator in ("ema.Samples", "ema_backward.Samples"):
+    _unwatched.impl(_operator, _torch_library.fallthrough_kernel, "Autograd")

@@ -18,6 +18,7 @@ from ema_ext import _ops
 #: What each result of an operator is shaped like, in the words of _ops.ROLES.
 _RESULTS = {
     "ema": ("x",),
+    "ema.Samples": ("x",),
     "ema.Tensor": ("x",),
     "ema_with_state": ("x", "state"),
     "ema_with_state.Tensor": ("x", "state"),

@@ -173,6 +173,7 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
     y, g = signal(2, 3, 5, seed=3), signal(2, 3, 5, seed=5)
     return {
         "ema.default": (x, 0.3, s, 1, False),
+        "ema.Samples": (x, 0.3, 1, True),
         "ema.Tensor": (x, per_row, s, 1, True),
         "ema_with_state.default": (x, 0.3, None, 1, False),
         "ema_with_state.Tensor": (x, per_row, s, -2, False),

@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize(
     ("name", "overloads"),
     [
-        ("ema", ["default", "Tensor"]),
+        ("ema", ["default", "Samples", "Tensor"]),
         ("ema_with_state", ["default", "Tensor"]),
         ("ema_backward", ["default", "Samples", "Tensor", "Varying"]),
         ("linear_recurrence", ["default"]),

@@ -218,4 +218,6 @@ def test_vmap_counts_the_dimensions_that_it_leaves(requires_grad: bool) -> None:
     with pytest.raises(ValueError, match="x"):
         torch.vmap(lambda number: ema(number, 0.5))(x[0])
     with pytest.raises(RuntimeError, match="dim"):
-        torch.vmap(lambda row: torch.ops.ema_ext.ema(row, 0.5, None, -2))(x)
+        torch.vmap(lambda row: torch.ops.ema_ext.ema(row, 0.5, None, -2, False))(x)
+    with pytest.raises(RuntimeError, match="dim"):
+        torch.vmap(lambda row: torch.ops.ema_ext.ema(row, 0.5, -2))(x)
