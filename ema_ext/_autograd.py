@@ -172,16 +172,22 @@ class DirectEMA(Function):
         alpha, dim, reverse = ctx.problem
         if is_grad_enabled():
             return float_adjoint(grad_y, None, alpha, False, dim, reverse)[0], None
-        if is_dynamo_compiling():  # autograd's own graph
-            return _ops.ema_backward_samples(grad_y, alpha, dim, reverse), None
+        return _ops.ema_backward_samples(grad_y, alpha, dim, reverse), None
+
+    @staticmethod
+    def apply_node(ctx: Context, grad_y: Tensor) -> Any:
+        """The same for the engine, not for compiled autograd."""
+        if is_grad_enabled():
+            return DirectEMA.backward(ctx, grad_y)
+        alpha, dim, reverse = ctx.problem
         if dim == -1 and not reverse:
             return _ops.ema_backward_directly(grad_y, alpha), None
         return _ops.ema_backward_directly(grad_y, alpha, dim, reverse), None
 
 
-# What the node's own apply looks at before this one, for 1 us a call, is a vjp that is not there.
+# What the node's own apply looks at before `backward`, for 1 us a call, is a vjp that is not there.
 node: Any = DirectEMA._backward_cls
-node.apply = DirectEMA.backward
+node.apply = DirectEMA.apply_node
 del node
 
 
