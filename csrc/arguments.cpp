@@ -12,18 +12,33 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-bool is_supported(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
-         type == ScalarType::BFloat16;
+// What torch's shims know of a tensor by a number. The enums that Tensor's own methods make of it
+// cost them a call for each value that there is.
+template <class Get>
+int32_t number(const Get& get, const Tensor& tensor) {
+  int32_t value;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(tensor.get(), &value));
+  return value;
 }
 
-Tensor empty_strided(const Tensor& like, ScalarType dtype, const std::vector<int64_t>& sizes,
-                     const std::vector<int64_t>& strides) {
+std::optional<Dtype> supported_dtype(const Tensor& tensor) {
+  const int32_t dtype = number(aoti_torch_get_dtype, tensor);
+  if (dtype == aoti_torch_dtype_float32()) return Dtype::kFloat32;
+  if (dtype == aoti_torch_dtype_float64()) return Dtype::kFloat64;
+  if (dtype == aoti_torch_dtype_float16()) return Dtype::kFloat16;
+  if (dtype == aoti_torch_dtype_bfloat16()) return Dtype::kBFloat16;
+  return {};
+}
+
+// A sixth of the time of a call by name.
+Tensor empty_strided(const Tensor& like, int32_t dtype,
+                     torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                     torch::headeronly::IntHeaderOnlyArrayRef strides) {
   AtenTensorHandle handle = nullptr;
-  const auto device = like.device();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(dtype),
-      static_cast<int32_t>(device.type()), device.index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               dtype, number(aoti_torch_get_device_type, like),
+                               number(aoti_torch_get_device_index, like), &handle));
   return Tensor(handle);
 }
 
@@ -35,15 +50,15 @@ Tensor empty_without_dim(const Tensor& x, int64_t dim, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d] > 0 ? sizes[d] : 1) strides[d] = stride;
-  return empty_strided(x, dtype, sizes, strides);
+  return empty_strided(x, static_cast<int32_t>(dtype), sizes, strides);
 }
 
 }  // namespace
 
 void check_tensor(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(is_supported(tensor.scalar_type()), name,
+  STD_TORCH_CHECK(supported_dtype(tensor).has_value(), name,
                   " must be float32, float64, float16 or bfloat16");
-  STD_TORCH_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, name,
+  STD_TORCH_CHECK(number(aoti_torch_get_layout, tensor) == aoti_torch_layout_strided(), name,
                   " must be a strided tensor");
   STD_TORCH_CHECK(tensor.dim() <= kMaxDims, name, " has ", tensor.dim(), " dimensions, more than ",
                   kMaxDims);
@@ -78,27 +93,11 @@ void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
                     tensor.size(d), " in place of ", x.size(d), " in dimension ", d);
 }
 
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    default:
-      return Dtype::kFloat32;
-  }
-}
+Dtype dtype_of(const Tensor& tensor) { return supported_dtype(tensor).value(); }
 
 Tensor empty_output(const Tensor& x) {
   if (!x.is_contiguous()) return torch::stable::empty_like(x);
-  AtenTensorHandle handle = nullptr;  // six times as quick as a call by name
-  const auto device = x.device();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      x.dim(), x.sizes().data(), x.strides().data(), static_cast<int32_t>(x.scalar_type()),
-      static_cast<int32_t>(device.type()), device.index(), &handle));
-  return Tensor(handle);
+  return empty_strided(x, number(aoti_torch_get_dtype, x), x.sizes(), x.strides());
 }
 
 Tensor empty_state(const Tensor& x, int64_t dim) {
@@ -123,10 +122,11 @@ bool same_shape(const Tensor& one, const Tensor& other) {
 
 ProblemBuilder::ProblemBuilder(Op op, const Tensor& x, int64_t dim, bool reverse)
     : problem(op, x.size(dim), static_cast<int>(x.dim()) - 1), x_(x), dim_(dim), reverse_(reverse) {
-  for (int64_t d = 0, row_axis = 0; d < x.dim(); ++d) {
+  const auto sizes = x.sizes();
+  for (int64_t d = 0, row_axis = 0; d <= problem.ndim; ++d) {
     if (d == dim) continue;
-    problem.sizes[row_axis++] = x.size(d);
-    problem.rows *= x.size(d);
+    problem.sizes[row_axis++] = sizes[d];
+    problem.rows *= sizes[d];
   }
   samples(&Problem::x, x);
 }
@@ -159,11 +159,12 @@ void ProblemBuilder::samples(Operand Problem::* operand, const Tensor& tensor) {
   Operand& to = problem.*operand;
   to.data = tensor.data_ptr();
   to.dtype = dtype_of(tensor);
-  for (int64_t d = 0, row_axis = 0; d < tensor.dim(); ++d) {
+  const auto strides = tensor.strides();
+  for (int64_t d = 0, row_axis = 0; d <= problem.ndim; ++d) {
     if (d == dim_)
-      to.time_stride = tensor.stride(d);
+      to.time_stride = strides[d];
     else
-      to.row_strides[row_axis++] = tensor.stride(d);
+      to.row_strides[row_axis++] = strides[d];
   }
   turn(to);
 }
