@@ -4,13 +4,15 @@
 the machine does meanwhile meets all of them alike. A turn is one untimed call, which brings data
 and threads back, and then as many timed calls as make up the least sample; it yields one sample,
 in seconds per call. The least of the samples is the figure; their median tells how often the
-machine came near it.
+machine came near it. What is free goes back to the system beforehand, so that results so large that
+malloc maps them anew at each call do not find room by chance.
 
 **Memory.** How far one call raises the process's peak (on CUDA: that of torch's allocator).
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
 import time
@@ -23,6 +25,9 @@ import torch
 
 Call = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
+
+#: glibc's way of handing free memory back; nothing elsewhere.
+hand_back: Callable[[int], object] = getattr(ctypes.CDLL(None), "malloc_trim", int)
 
 UNHURRIED = 0.25  # seconds; a longer call warms itself up
 
@@ -57,6 +62,7 @@ def take_turns(
     samples: dict[Key, list[float]] = {key: [] for key in contenders}
     collecting = gc.isenabled()
     gc.collect()
+    hand_back(0)
     gc.disable()
     try:
         plans = {}
