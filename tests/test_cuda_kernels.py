@@ -36,7 +36,7 @@ SHAPES = {
     "a block a row": ((9, 600), -1, r"RowTiles<.*, 256, "),
     "a row over blocks": ((1, 9400), -1, r"SplitRows<"),  # the last tile takes several warps
     "channels last": ((2, 25, 37), 1, r"Lanes<"),
-    "channels last, over blocks": ((1, 200, 32), 1, r"Lanes<"),
+    "channels last, over blocks": ((1, 400, 32), 1, r"Lanes<"),
 }
 
 

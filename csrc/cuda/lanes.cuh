@@ -20,101 +20,76 @@ __device__ inline int64_t lane_anchor_before(int64_t tile) {
   return (tile - 1) / kLaneLookBack * kLaneLookBack;
 }
 
-// One row of a block: the powers of its coefficient and what goes from tile to tile.
-template <class Storage, int kSteps>
-struct alignas(16) Lane {
+// What a stretch of samples does to the state before it, as Power, but in what neighbours tell each
+// other of it: halves in float32, whose rounding they do not show.
+template <class Storage, bool kHalf = sizeof(typename Storage::Sample) == 2>
+struct Joint {
+  using Value = double;
+  using Factor = Power<typename Storage::Acc>;
+};
+template <class Storage>
+struct Joint<Storage, true> {
+  using Value = float;
+  // By its root, twice: bfloat16 reaches as far as float32.
+  struct Factor {
+    float root;  // of the sign of the power
+
+    Factor() = default;
+    __device__ Factor(const Decay<float>& decay, int64_t k) {
+      constexpr double kLeast = 0x1p-149;
+      const double power = decay.power(k), size = sqrt(fabs(power));
+      const double least = decay.ratio() != 0 && size < kLeast ? kLeast : size;
+      root = static_cast<float>(copysign(least, power));
+    }
+    __device__ __forceinline__ float join(float aggregate, float state) const {
+      return fma(fabsf(root), root * state, aggregate);
+    }
+  };
+};
+
+// What the threads of a block know of its kRows rows, kW of them to a thread: the powers of their
+// coefficients and what goes from tile to tile. Each is by row, so that a thread reads those of
+// neighbouring rows at once, and neighbouring threads from neighbouring banks.
+template <class Storage, int kSteps, int kRows, int kW>
+struct alignas(16) LaneTables {
   using Acc = typename Storage::Acc;
+  using Value = typename Joint<Storage>::Value;
+  using Factor = typename Joint<Storage>::Factor;
   static constexpr int kG = 4;  // samples that are scanned by c itself
 
-  Acc powers[kG + 1];  // c^i
-  Acc in, to_lambda, alpha;
-  double slot_decay;    // c^kSteps
-  Power<Acc> slots[3];  // over kSteps 2^i samples
-  Power<Acc> warp;      // over the slots of a warp
-  Power<Acc> tile;      // over a tile
-  double added_first;
-  State<Acc> states[2];  // before the tile, by the tile's parity
-  double last;           // s, after the last sample
-  Acc first;             // x[0], where that is y[0]
+  Acc powers[kG][kRows];  // c^(i + 1)
+  Acc in[kRows], alpha[kRows];
+  Value before[2][kRows];    // the state before the tile, by the tile's parity
+  Factor slots[kWarp * kW];  // over i slots of a warp, at i * rows + row
+  Factor warp[kRows];        // over the slots of a warp
+  Power<Acc> tile[kRows];    // over a tile
+  State<Acc> state[kRows];   // before the tile, of the thread that looks after the row
+  Value slot_decay[kRows];   // c^kSteps
+  double warp_decay[kRows];  // over the slots of a warp
+  Acc added_first[kRows], to_lambda[kRows];
+  Acc last[kRows];   // s, after the last sample
+  Acc first[kRows];  // x[0], where that is y[0]
 
-  __device__ Lane(const Row<Storage>& row, int slots_per_warp, double start)
-      : in(static_cast<Acc>(row.in)),
-        to_lambda(static_cast<Acc>(row.to_lambda)),
-        alpha(static_cast<Acc>(row.decay.complement())),
-        slot_decay(row.decay.power(kSteps)),
-        slots{row.decay.over(kSteps), row.decay.over(2 * kSteps), row.decay.over(4 * kSteps)},
-        warp(row.decay.over(kSteps * slots_per_warp)),
-        tile(row.decay.over(kSteps * slots_per_warp * kBlockWarps)),
-        added_first(row.added_first),
-        last(start) {
+  // Of `rows` that the block has, each with `slots_per_warp`.
+  __device__ void set(int row, const Row<Storage>& from, int rows, int slots_per_warp,
+                      double start) {
+    const Decay<Acc>& decay = from.decay;
 #pragma unroll 1
-    for (int i = 0; i <= kG; ++i) powers[i] = static_cast<Acc>(row.decay.power(i));
-    states[0] = states[1] = {start, 0};  // the second for columns that are not there
-  }
-
-  // q[i], s[i] from zero, in place of a thread's x[i] of row w; returns the last s.
-  template <int kW>
-  __device__ __forceinline__ Acc scan_groups(Acc (&q)[kSteps][kW], int w, bool starts,
-                                             bool copies) {
-    if (copies) first = q[0][w];
-    Acc aggregate = 0;
-#pragma unroll
-    for (int g = 0; g < kSteps; g += kG) {
-      Acc x = q[g][w];
-      q[g][w] = in * x;
-      if (g == 0 && starts) q[g][w] += static_cast<Acc>(added_first);
-      if (g == 0 && copies && !finite(x)) q[g][w] = x;
-#pragma unroll
-      for (int i = g + 1; i < g + kG; ++i) q[i][w] = fma(powers[1], q[i - 1][w], in * q[i][w]);
-      aggregate = fma(powers[kG], aggregate, q[g + kG - 1][w]);
-    }
-    return aggregate;
-  }
-  // As tile.cuh's: s[i] in place of q[i].
-  template <int kW>
-  __device__ __forceinline__ void add_state(Acc state, Acc (&q)[kSteps][kW], int w,
-                                            bool copies) const {
-    Acc from_zero = 0;
-#pragma unroll
-    for (int g = 0; g < kSteps; g += kG) {
-      const Acc before = g == 0 ? state : fma(powers[kG], state, from_zero);
-      from_zero = q[g + kG - 1][w];
-#pragma unroll
-      for (int i = 0; i < kG; ++i) q[g + i][w] = fma(powers[i + 1], before, q[g + i][w]);
-    }
-    if (copies) q[0][w] = first;
-  }
-  static_assert(kSteps <= 2 * kG);
-
-  // As tile.cuh's, of the first `count` samples, which are one or more.
-  template <int kW>
-  __device__ __forceinline__ AlphaSums alpha_sums(const Acc (&x)[kSteps][kW],
-                                                  const Acc (&s)[kSteps][kW], int w,
-                                                  int count) const {
-    AlphaSums sums;
-    Acc reference = x[0][w], share = 0, weight = 0, aggregate = 0;
-#pragma unroll
-    for (int i = 1; i < kSteps; ++i)
-      if (i < count) reference = x[i][w];
-#pragma unroll
-    for (int i = kSteps - 1; i >= 0; --i) {
-      if (i >= count) continue;
-      const Acc innovation = x[i][w] - reference - aggregate;
-      share = fma(s[i][w], innovation, share);
-      aggregate = fma(alpha, innovation, aggregate);
-    }
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      if (i >= count) continue;
-      weight = fma(powers[1], weight, s[i][w]);
-      if (count < kSteps) sums.decay *= powers[1];
-    }
-    if (count == kSteps) sums.decay = slot_decay;
-    sums.reference = reference;
-    sums.share = share;
-    sums.weight = weight;
-    sums.aggregate = aggregate;
-    return sums;
+    for (int i = 0; i < kG; ++i) powers[i][row] = static_cast<Acc>(decay.power(i + 1));
+    in[row] = static_cast<Acc>(from.in);
+    alpha[row] = static_cast<Acc>(decay.complement());
+    before[0][row] = before[1][row] = static_cast<Value>(start);  // both, of what is not there
+#pragma unroll 1
+    for (int i = 0; i < slots_per_warp; ++i)
+      slots[i * rows + row] = Factor(decay, static_cast<int64_t>(i) * kSteps);
+    warp[row] = Factor(decay, static_cast<int64_t>(kSteps) * slots_per_warp);
+    tile[row] = decay.over(static_cast<int64_t>(kSteps) * slots_per_warp * kBlockWarps);
+    state[row] = {start, 0};
+    slot_decay[row] = static_cast<Value>(decay.power(kSteps));
+    warp_decay[row] = decay.power(static_cast<int64_t>(kSteps) * slots_per_warp);
+    added_first[row] = static_cast<Acc>(from.added_first);
+    to_lambda[row] = static_cast<Acc>(from.to_lambda);
+    last[row] = static_cast<Acc>(start);
   }
 };
 
@@ -122,12 +97,17 @@ template <class Storage, bool kVector, bool kGradient, bool kSplit>
 struct Lanes {
   using Sample = typename Storage::Sample;
   using Acc = typename Storage::Acc;
+  using Value = typename Joint<Storage>::Value;
+  using Factor = typename Joint<Storage>::Factor;
+  static constexpr bool kHalf = sizeof(Sample) == 2, kWide = sizeof(Acc) == 8;
   static constexpr int kThreads = kBlockThreads;
   static constexpr int kMinBlocks = 1;  // more fit where shared memory is not that of 7.5
   static constexpr int kW = kVector ? Chunk<Storage>::kSamples : 1;  // rows of a thread
   static constexpr int kMessages = sizeof(Acc) == 8 ? 2 : 1;         // a state and its error
-  static constexpr int kSteps = lane_steps(sizeof(Sample), kGradient);
+  static constexpr int kSteps = lane_steps(sizeof(Sample), kVector, kGradient);
   static constexpr int kMostLanes = lanes_per_block(kW, kGradient);
+  using Tables = LaneTables<Storage, kSteps, kMostLanes, kW>;
+  static constexpr int kG = Tables::kG;
 
   struct Arguments {
     Scan scan;                   // the last axis is that along which rows touch
@@ -139,67 +119,68 @@ struct Lanes {
     AlphaSums* sums;    // (group * tiles + tile) * lanes + lane; for LaneSums
   };
   struct Shared {
-    Uninitialized<Lane<Storage, kSteps>> lanes[kMostLanes];
-    double aggregates[2][kBlockWarps][kMostLanes];
-    Uninitialized<AlphaSums> warps[kGradient ? kBlockWarps : 1][kGradient ? kMostLanes : 1];
+    Uninitialized<Tables> tables;
+    alignas(16) Value aggregates[2][kBlockWarps][kMostLanes];
+    alignas(16) Value warps[kGradient ? 5 : 1][kBlockWarps][kGradient ? kMostLanes : 1];
     Uninitialized<AlphaSums> sums[kGradient ? kMostLanes : 1];
     int64_t ticket;
-    bool unfit;  // whether a row must be walked
+    int64_t row;  // the first
+    int count;    // rows that there are
+    bool unfit;   // whether a row must be walked
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
-    if (thread() == 0) shared.unfit = false;
-    if (thread() == 0)
+    if (thread() == 0) {
+      shared.unfit = false;
       shared.ticket = kSplit ? static_cast<int64_t>(atomicAdd(arguments.ticket, 1ull))
                              : static_cast<int64_t>(blockIdx.x) * arguments.tiles;
+      const Scan& scan = arguments.scan;
+      const int64_t group = shared.ticket / arguments.tiles;
+      const int64_t width = scan.sizes[scan.ndim - 1], lanes = arguments.columns * kW;
+      const int64_t per_width = (width + lanes - 1) / lanes, first = group % per_width * lanes;
+      shared.row = group / per_width * width + first;
+      shared.count = static_cast<int>(width - first < lanes ? width - first : lanes);
+    }
     __syncthreads();
-    const int64_t ticket = shared.ticket;
-    Lanes(arguments, shared, ticket / arguments.tiles, ticket % arguments.tiles).scan();
+    Lanes(arguments, shared).scan();
   }
 
  private:
-  // The rows of a group, and this thread's place among them.
-  __device__ Lanes(const Arguments& arguments, Shared& shared, int64_t group, int64_t first_tile)
+  __device__ Lanes(const Arguments& arguments, Shared& shared)
       : arguments_(arguments),
         shared_(shared),
-        group_(group),
-        first_tile_(first_tile),
-        column_(thread() % arguments.columns),
-        slot_(thread() / arguments.columns),
-        slots_per_warp_(kWarp / arguments.columns),
-        slot_in_warp_(thread() % kWarp / arguments.columns) {
-    const Scan& scan = arguments.scan;
-    const int64_t width = scan.sizes[scan.ndim - 1], lanes = arguments.columns * kW;
-    const int64_t per_width = (width + lanes - 1) / lanes;
-    const int64_t first = group % per_width * lanes;
-    row_ = group / per_width * width + first;
-    count_ = static_cast<int>(width - first < lanes ? width - first : lanes);
-  }
+        tables_(shared.tables.value()),
+        lane_(thread() % arguments.columns * kW) {}
 
   __device__ int lanes() const { return arguments_.columns * kW; }
   __device__ int tile_steps() const { return kSteps * arguments_.slots; }
-  __device__ __forceinline__ Lane<Storage, kSteps>& lane(int w) const {
-    return shared_.lanes[column_ * kW + w].value();
+  __device__ int slots_per_warp() const { return arguments_.slots / kBlockWarps; }
+  __device__ int slot() const { return thread() * arguments_.slots / kThreads; }
+  // Of this block's rows, the one that this thread looks after.
+  __device__ RowOffsets own_row() const {
+    return RowOffsets(arguments_.scan, shared_.row + min(thread(), shared_.count - 1));
   }
-  // Of this block's rows, the one that thread `i` looks after.
-  __device__ RowOffsets own_row() const { return RowOffsets(arguments_.scan, row_ + thread()); }
-  __device__ bool owns_row() const { return thread() < count_; }
+  __device__ bool owns_row() const { return thread() < shared_.count; }
 
   __device__ void scan() {
     const Scan& scan = arguments_.scan;
+    const int64_t first_tile = kSplit ? shared_.ticket % arguments_.tiles : 0;
     if (thread() < lanes()) {
-      const RowOffsets at(scan, row_ + min(thread(), count_ - 1));
+      const RowOffsets at = own_row();
       const Row<Storage> row(scan, at);
       if (!row.scans()) shared_.unfit = true;
-      new (&shared_.lanes[thread()].value()) Lane<Storage, kSteps>(
-          row, slots_per_warp_, first_tile_ == 0 && owns_row() ? row.start(scan, at) : 0);
+      tables_.set(thread(), row, lanes(), slots_per_warp(),
+                  first_tile == 0 && owns_row() ? row.start(scan, at) : 0);
       if constexpr (kGradient) new (&shared_.sums[thread()].value()) AlphaSums;
     }
     __syncthreads();
-    if (shared_.unfit) return walk();
-    const int64_t end = kSplit ? first_tile_ + 1 : arguments_.tiles;
-    place();
-    int64_t tile = first_tile_;
+    if (shared_.unfit) {
+      if (first_tile == 0 && owns_row()) walk();
+      return;
+    }
+    const int64_t end = kSplit ? first_tile + 1 : arguments_.tiles;
+    place(first_tile);
+    int64_t tile = first_tile;
 #pragma unroll 1
     while (tile < end) {
       if (!is_inner(tile)) scan_tile<false>(tile++);
@@ -210,9 +191,8 @@ struct Lanes {
     if (owns_row()) finish(end == arguments_.tiles);
   }
 
-  // All rows sample by sample, where the coefficient of one asks for it.
+  // A row sample by sample, where the coefficient of one asks for it.
   __device__ void walk() {
-    if (first_tile_ > 0 || !owns_row()) return;
     const Scan& scan = arguments_.scan;
     const RowOffsets at = own_row();
     const Row<Storage> row(scan, at);
@@ -229,67 +209,116 @@ struct Lanes {
     if (!ends) return;
     const RowOffsets at = own_row();
     const Row<Storage> row(scan, at);
-    row.write_state(scan, at, shared_.lanes[thread()].value().last);
+    row.write_state(scan, at, tables_.last[thread()]);
     if (kGradient && !kSplit) row.write_gradient(scan, at, shared_.sums[thread()].value());
   }
 
-  using Samples = Acc[kSteps][kW];
-  // On their way.
-  struct Raw {
-    std::conditional_t<kVector, uint4, Sample> of[kSteps];
-  };
+  // Where a tensor has this thread's first sample of a tile, and how far apart they are, in bytes.
+  struct Place {
+    // Of 16 bytes at a time below 2^31: see is_lane_aligned.
+    using Step = std::conditional_t<kVector, int, int64_t>;
+    char* first;
+    Step step;
 
-  // This thread's first row, and from the tile's first sample to this slot's.
-  __device__ void place() {
-    const RowOffsets at(arguments_.scan, row_);
-    x_ = at.x + column_ * kW;
-    y_ = at.y + column_ * kW;
-    forward_x_ = at.forward_x + column_ * kW;
-    if constexpr (sizeof(Acc) == 8) {
+    __device__ __forceinline__ char* at(int i) const {
+      return first + static_cast<int64_t>(step) * i;
+    }
+  };
+  __device__ __forceinline__ Place place_of(const View& view, int64_t offset, int64_t tile) const {
+    constexpr int64_t kBytes = sizeof(Sample);
+    const int64_t n = tile * tile_steps() + slot() * kSteps;
+    return {static_cast<char*>(const_cast<void*>(view.data)) +
+                (offset + lane_ + n * view.time_stride) * kBytes,
+            static_cast<typename Place::Step>(view.time_stride * kBytes)};
+  }
+  __device__ void place(int64_t tile) {
+    const Scan& scan = arguments_.scan;
+    const RowOffsets at(scan, shared_.row);
+    x_ = place_of(scan.x, at.x, tile);
+    y_ = place_of(scan.y, at.y, tile);
+    if constexpr (kGradient) forward_x_ = place_of(scan.forward_x, at.forward_x, tile);
+    if constexpr (kWide) {
 #pragma unroll
       for (int w = 0; w < kW; ++w) {
-        const int64_t row = row_ + min(column_ * kW + w, count_ - 1);
-        here_[w] = Row<Storage>(arguments_.scan, RowOffsets(arguments_.scan, row))
-                       .decay.over(static_cast<int64_t>(slot_) * kSteps);
+        const int64_t row = shared_.row + min(lane_ + w, shared_.count - 1);
+        here_[w] = Row<Storage>(scan, RowOffsets(scan, row))
+                       .decay.over(static_cast<int64_t>(slot()) * kSteps);
       }
     }
   }
+  // To the next tile.
+  __device__ __forceinline__ void move(Place& place) const {
+    place.first += static_cast<int64_t>(place.step) * tile_steps();
+  }
 
-  // The first `mine` samples of each row, 0 for the others.
-  __device__ __forceinline__ Raw fetch(const View& view, int64_t offset, int64_t n,
-                                       int mine) const {
-    const Sample* from = static_cast<const Sample*>(view.data) + offset + n * view.time_stride;
-    Raw raw;
+  struct Samples {
+    Acc of[kSteps][kW];
+    __device__ __forceinline__ Acc (&operator[](int i))
+        [kW] { return of[i]; } __device__ __forceinline__ const Acc (&operator[](int i) const)[kW] {
+      return of[i];
+    }
+  };
+  // Of the forward's x, which comes by parts, for want of registers.
+  static constexpr int kPart = lane_part(kSteps);
+  using Part = Acc[kPart][kW];
+  // On their way.
+  template <int kCount>
+  struct Raw {
+    std::conditional_t<kVector, uint4, Sample> of[kCount];
+  };
+
+  // From each row's sample `first` on, 0 from the `mine`th on.
+  template <int kCount>
+  __device__ __forceinline__ Raw<kCount> fetch(const Place& from, int first, int mine) const {
+    Raw<kCount> raw;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      const Sample* const at = from + i * view.time_stride;
+    for (int i = 0; i < kCount; ++i) {
+      const bool there = first + i < mine;
       if constexpr (kVector)
-        raw.of[i] = i < mine ? *reinterpret_cast<const uint4*>(at) : uint4{0, 0, 0, 0};
+        raw.of[i] = there ? *reinterpret_cast<const uint4*>(from.at(first + i)) : uint4{0, 0, 0, 0};
       else
-        raw.of[i] = i < mine ? *at : Storage::put(0);
+        raw.of[i] = there ? *reinterpret_cast<const Sample*>(from.at(first + i)) : Storage::put(0);
     }
     return raw;
   }
-  static __device__ __forceinline__ void unpack(const Raw& raw, Samples& to) {
+  template <int kCount>
+  static __device__ __forceinline__ void unpack(const Raw<kCount>& raw, Acc (&to)[kCount][kW]) {
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       if constexpr (kVector)
         Chunk<Storage>::unpack(raw.of[i], to[i]);
       else
         to[i][0] = Storage::get(raw.of[i]);
     }
   }
-  __device__ __forceinline__ void store(const Samples& from, int64_t n, int mine) const {
-    const View& view = arguments_.scan.y;
-    Sample* const to = static_cast<Sample*>(view.data) + y_ + n * view.time_stride;
+  __device__ __forceinline__ void store(const Samples& from, int mine) const {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       if (i >= mine) continue;
       if constexpr (kVector)
-        *reinterpret_cast<uint4*>(to + i * view.time_stride) = Chunk<Storage>::pack(from[i]);
+        *reinterpret_cast<uint4*>(y_.at(i)) = Chunk<Storage>::pack(from[i]);
       else
-        to[i * view.time_stride] = Storage::put(from[i][0]);
+        *reinterpret_cast<Sample*>(y_.at(i)) = Storage::put(from[i][0]);
     }
+  }
+
+  // What the tables have of this thread's rows.
+  template <class T>
+  struct Own {
+    T of[kW];
+    __device__ __forceinline__ explicit Own(const T* from) {
+#pragma unroll
+      for (int w = 0; w < kW; ++w) of[w] = from[w];
+    }
+    __device__ __forceinline__ const T& operator[](int w) const { return of[w]; }
+  };
+  template <class T>
+  __device__ __forceinline__ Own<T> own(const T (&table)[kMostLanes]) const {
+    return Own<T>(table + lane_);
+  }
+  // Over so many slots of a warp.
+  __device__ __forceinline__ Own<Factor> over_slots(int slots) const {
+    return Own<Factor>(tables_.slots + slots * lanes() + lane_);
   }
 
   // Whether neither the row's first sample is in the tile, nor its last.
@@ -300,194 +329,338 @@ struct Lanes {
   template <bool kInner>
   __device__ __forceinline__ void scan_tile(int64_t tile) {
     const Scan& scan = arguments_.scan;
-    const int64_t n = tile * tile_steps() + slot_ * kSteps, left = scan.length - n;
-    const bool column_there = column_ * kW < count_;
-    const int there = kInner || left >= kSteps ? kSteps : left <= 0 ? 0 : static_cast<int>(left);
-    const int mine = column_there ? there : 0;
+    const int64_t n = tile * tile_steps() + slot() * kSteps, left = scan.length - n;
+    const bool there = lane_ < shared_.count;
+    const int mine = kInner || left >= kSteps ? kSteps : left <= 0 ? 0 : static_cast<int>(left);
     const bool starts = !kInner && n == 0,
                copies = starts && scan.op == Op::kEma && scan.start.data == nullptr;
     const int parity = static_cast<int>(tile & 1);
 
-    Samples s, forward_x;
-    unpack(fetch(scan.x, x_, n, mine), s);
-    double ends[kW];
-    Acc states[kW];  // before this slot; first from zero before the warp
-#pragma unroll
-    for (int w = 0; w < kW; ++w) ends[w] = lane(w).scan_groups(s, w, starts, copies);
+    Samples s;
+    Raw<kPart> forward_x;
+    Sums sums;
+    Value ends[kW] = {};
+    if (there) {
+      unpack(fetch<kSteps>(x_, 0, mine), s.of);
+      scan_groups(s, starts, copies, ends);
+    } else {  // or nvcc would keep registers for them from tile to tile
+      s = {};
+      forward_x = {};
+      sums = {};
+      asm volatile("");  // here, and not before the branch
+    }
+    Value states[kW];  // before this slot; first from zero before the warp
     scan_warp(ends, parity, states);
     __syncthreads();
-    Raw raw;
-    if constexpr (kGradient) raw = fetch(scan.forward_x, forward_x_, n, mine);
-    if constexpr (kSplit) look_back(tile, parity);
-
-    if (!kSplit && slot_ == 0) advance(parity);
+    constexpr bool kEarly = kInner || kPart == kSteps;  // while there are registers
+    if constexpr (kGradient && kEarly)
+      if (there) forward_x = fetch<kPart>(forward_x_, kSteps - kPart, mine);
+    if constexpr (kSplit)
+      look_back(tile, parity);
+    else if (thread() < lanes())
+      advance(parity);
     join_states(parity, states);
-    if constexpr (kGradient) unpack(raw, forward_x);
-#pragma unroll
-    for (int w = 0; w < kW; ++w) {
-      Lane<Storage, kSteps>& k = lane(w);
-      k.add_state(states[w], s, w, copies);
-      if (!kInner && mine > 0 && left <= kSteps) k.last = last_of(s, w, mine);
-      if constexpr (kGradient)
-        join(k.alpha_sums(forward_x, s, w, kInner ? kSteps : mine), mine > 0, w);
+    if (there) {
+      if constexpr (kGradient && !kEarly)
+        forward_x = fetch<kPart>(forward_x_, kSteps - kPart, mine);
+      add_states(states, s, copies);
+      if (!kInner && mine > 0 && left <= kSteps) end(s, mine);
+      if constexpr (kGradient) add_up<kInner>(forward_x, s, mine, sums);
       if constexpr (!kInner)
-        if (scan.op == Op::kEmaBackward && !scan.has_initial_state) to_lambda(s, w, left);
+        if (left <= kSteps && scan.op == Op::kEmaBackward && !scan.has_initial_state)
+          to_lambda(s, left);
+      store(s, mine);
     }
-    store(s, n, mine);
+    move(x_);
+    move(y_);
     if constexpr (kGradient) {
+      move(forward_x_);
+      join<kInner>(sums, there ? mine : 0);
       __syncthreads();
       fold(scan.length - tile * tile_steps());
     }
   }
 
-  // The row's last sample, of the thread's `left` before its end.
-  __device__ __forceinline__ void to_lambda(Samples& s, int w, int64_t left) const {
+  // q[i], s[i] from zero, in place of x[i], and what they end at.
+  __device__ __forceinline__ void scan_groups(Samples& q, bool starts, bool copies,
+                                              Value (&ends)[kW]) {
+    const Own<Acc> in = own(tables_.in), ratio = own(tables_.powers[0]),
+                   group = own(tables_.powers[kG - 1]);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i)
-      if (i + 1 == left) s[i][w] *= lane(w).to_lambda;
+    for (int w = 0; w < kW; ++w) {
+      Acc aggregate = 0;
+#pragma unroll
+      for (int g = 0; g < kSteps; g += kG) {
+        const Acc x = q[g][w];
+        q[g][w] = in[w] * x;
+        if (g == 0 && starts) q[g][w] += tables_.added_first[lane_ + w];
+        if (g == 0 && copies) {
+          tables_.first[lane_ + w] = x;
+          if (!finite(x)) q[g][w] = x;
+        }
+#pragma unroll
+        for (int i = g + 1; i < g + kG; ++i) q[i][w] = fma(ratio[w], q[i - 1][w], in[w] * q[i][w]);
+        aggregate = g == 0 ? q[kG - 1][w] : fma(group[w], aggregate, q[g + kG - 1][w]);
+      }
+      ends[w] = aggregate;
+    }
   }
 
-  static __device__ __forceinline__ Acc last_of(const Samples& s, int w, int count) {
-    Acc last = s[0][w];
+  // s[i] in place of q[i], from the states before the slot; float64 and float32 by no more than two
+  // groups, halves from one to the next.
+  __device__ __forceinline__ void add_states(const Value (&states)[kW], Samples& q,
+                                             bool copies) const {
 #pragma unroll
-    for (int i = 1; i < kSteps; ++i)
-      if (i < count) last = s[i][w];
-    return last;
+    for (int w = 0; w < kW; ++w) {
+      const Acc state = static_cast<Acc>(states[w]);
+      Acc before = state, from_zero = 0;
+#pragma unroll
+      for (int g = 0; g < kSteps; g += kG) {
+        if (g > 0 && !kHalf) before = fma(tables_.powers[kG - 1][lane_ + w], state, from_zero);
+        from_zero = q[g + kG - 1][w];
+#pragma unroll
+        for (int i = 0; i < kG; ++i)
+          q[g + i][w] = fma(tables_.powers[i][lane_ + w], before, q[g + i][w]);
+        if (kHalf) before = q[g + kG - 1][w];
+      }
+      if (copies) q[0][w] = tables_.first[lane_ + w];
+    }
+  }
+  static_assert(kHalf || kSteps <= 2 * kG);
+
+  // The rows end at this thread's sample `count` - 1.
+  __device__ __forceinline__ void end(const Samples& s, int count) const {
+#pragma unroll
+    for (int w = 0; w < kW; ++w) {
+      Acc last = s[0][w];
+#pragma unroll
+      for (int i = 1; i < kSteps; ++i)
+        if (i < count) last = s[i][w];
+      tables_.last[lane_ + w] = last;
+    }
+  }
+
+  // The row's last sample, of the thread's `left` before its end.
+  __device__ __forceinline__ void to_lambda(Samples& s, int64_t left) const {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+      if (i + 1 == left) {
+#pragma unroll
+        for (int w = 0; w < kW; ++w) s[i][w] *= tables_.to_lambda[lane_ + w];
+      }
   }
 
   // From what each slot ends at, the states before this one, from zero before the warp.
-  __device__ __forceinline__ void scan_warp(double (&ends)[kW], int parity, Acc (&before)[kW]) {
+  __device__ __forceinline__ void scan_warp(Value (&ends)[kW], int parity, Value (&before)[kW]) {
     const int columns = arguments_.columns, member = thread() % kWarp;
-    int step = 0;
 #pragma unroll 1
-    for (int by = columns; by < kWarp; by *= 2, ++step) {
+    for (int slots = 1; slots < slots_per_warp(); slots *= 2) {
+      const Own<Factor> power = over_slots(slots);
 #pragma unroll
       for (int w = 0; w < kW; ++w) {
-        const double from = __shfl_up_sync(kAllLanes, ends[w], by);
-        if (member >= by) ends[w] = lane(w).slots[step].join(ends[w], from);
+        const Value from = __shfl_up_sync(kAllLanes, ends[w], slots * columns);
+        if (member >= slots * columns) ends[w] = power[w].join(ends[w], from);
       }
     }
 #pragma unroll
     for (int w = 0; w < kW; ++w) {
-      const double past = __shfl_up_sync(kAllLanes, ends[w], columns);
-      before[w] = member < columns ? 0 : static_cast<Acc>(past);
+      const Value past = __shfl_up_sync(kAllLanes, ends[w], columns);
+      before[w] = member < columns ? 0 : past;
     }
     if (member < kWarp - columns) return;
 #pragma unroll
-    for (int w = 0; w < kW; ++w)
-      shared_.aggregates[parity][thread() / kWarp][column_ * kW + w] = ends[w];
-  }
-
-  // The first slot keeps the states after the tile.
-  __device__ __forceinline__ void advance(int parity) {
-#pragma unroll 1
-    for (int w = 0; w < kW; ++w) {
-      Lane<Storage, kSteps>& k = lane(w);
-      State<Acc> state = k.states[parity];
-      state.advance(aggregate_of_tile(column_ * kW + w, parity), k.tile);
-      k.states[parity ^ 1] = state;
-    }
+    for (int w = 0; w < kW; ++w) shared_.aggregates[parity][thread() / kWarp][lane_ + w] = ends[w];
   }
 
   // The states before this slot, from those from zero before the warp.
-  __device__ __forceinline__ void join_states(int parity, Acc (&states)[kW]) const {
-    constexpr bool kWide = sizeof(Acc) == 8;
-    double past[kW];  // of the warps before
+  __device__ __forceinline__ void join_states(int parity, Value (&states)[kW]) const {
+    Value past[kW];  // of the warps before
+    const Own<Value> before = own(tables_.before[parity]);
 #pragma unroll
-    for (int w = 0; w < kW; ++w) past[w] = kWide ? 0 : lane(w).states[parity].value;
+    for (int w = 0; w < kW; ++w) past[w] = kWide ? 0 : before[w];
+    const Own<Factor> warp = own(tables_.warp);
 #pragma unroll 1
     for (int i = 0; i < thread() / kWarp; ++i) {
+      const Own<Value> aggregate = own(shared_.aggregates[parity][i]);
 #pragma unroll
-      for (int w = 0; w < kW; ++w)
-        past[w] = lane(w).warp.join(shared_.aggregates[parity][i][column_ * kW + w], past[w]);
+      for (int w = 0; w < kW; ++w) past[w] = warp[w].join(aggregate[w], past[w]);
     }
-    int step = 0;
-#pragma unroll 1
-    for (int slots = slot_in_warp_; slots != 0; slots >>= 1, ++step) {
-      if ((slots & 1) == 0) continue;
-#pragma unroll
-      for (int w = 0; w < kW; ++w) past[w] = lane(w).slots[step].join(0, past[w]);
-    }
+    const Own<Factor> slots(tables_.slots + thread() % kWarp * kW);
 #pragma unroll
     for (int w = 0; w < kW; ++w) {
-      const double state = states[w] + past[w];
-      if constexpr (kWide)  // by one power, for the sake of its one rounding
-        states[w] = here_[w].join(state, lane(w).states[parity].value);
-      else
-        states[w] = static_cast<Acc>(state);
+      states[w] = slots[w].join(states[w], past[w]);
+      // By one power, for the sake of its one rounding.
+      if constexpr (kWide) states[w] = here_[w].join(states[w], before[w]);
     }
   }
 
-  __device__ __forceinline__ double aggregate_of_tile(int lane, int parity) const {
-    const Lane<Storage, kSteps>& k = shared_.lanes[lane].value();
-    double aggregate = 0;
+  __device__ __forceinline__ Value aggregate_of_tile(int lane, int parity) const {
+    const Factor warp = tables_.warp[lane];
+    Value aggregate = 0;
 #pragma unroll 1
     for (int i = 0; i < kBlockWarps; ++i)
-      aggregate = k.warp.join(shared_.aggregates[parity][i][lane], aggregate);
+      aggregate = warp.join(shared_.aggregates[parity][i][lane], aggregate);
     return aggregate;
+  }
+
+  // The state after the tile, of each row by one thread.
+  __device__ __forceinline__ void advance(int parity) {
+    State<Acc>& state = tables_.state[thread()];
+    state.advance(aggregate_of_tile(thread(), parity), tables_.tile[thread()]);
+    tables_.before[parity ^ 1][thread()] = static_cast<Value>(state.value);
   }
 
   // Of a split scan: the state before the tile, of each row by one thread.
   __device__ __forceinline__ void look_back(int64_t tile, int parity) {
     const int own = thread();
-    if (own < count_) {
-      Lane<Storage, kSteps>& k = shared_.lanes[own].value();
+    if (owns_row()) {
       Message* const messages =
           arguments_.messages + ((shared_.ticket - tile) * lanes() + own) * kMessages;
       const auto message = [&](int64_t t) { return messages + t * lanes() * kMessages; };
       const bool anchor = tile % kLaneLookBack == 0, ends = tile + 1 == arguments_.tiles;
       const double aggregate = ends ? 0 : aggregate_of_tile(own, parity);
       if (!anchor && !ends) send(*message(tile), aggregate);
+      State<Acc> state = tables_.state[own];
       if (tile > 0) {
         int64_t t = lane_anchor_before(tile);
-        State<Acc> state{receive(*message(t)), 0};
+        state = {receive(*message(t)), 0};
         if constexpr (kMessages > 1) state.error = receive(message(t)[1]);
 #pragma unroll 1
-        for (++t; t < tile; ++t) state.advance(receive(*message(t)), k.tile);
-        k.states[parity] = state;
+        for (++t; t < tile; ++t) state.advance(receive(*message(t)), tables_.tile[own]);
+        tables_.before[parity][own] = static_cast<Value>(state.value);
       }
       if (anchor && !ends) {
-        State<Acc> after = k.states[parity];
-        after.advance(aggregate, k.tile);
-        send(*message(tile), after.value);
-        if constexpr (kMessages > 1) send(message(tile)[1], after.error);
+        state.advance(aggregate, tables_.tile[own]);
+        send(*message(tile), state.value);
+        if constexpr (kMessages > 1) send(message(tile)[1], state.error);
       }
     }
     __syncthreads();
   }
 
-  // The sums of this thread's samples with those of its warp, to the warp's first slot.
-  __device__ __forceinline__ void join(AlphaSums sums, bool there, int w) {
-    const int columns = arguments_.columns;
+  // AlphaSums of some of this thread's rows, but for their decay.
+  struct Sums {
+    Value reference[kW], share[kW], weight[kW], aggregate[kW];
+  };
+
+  // As tile.cuh's Stretch, of the first `count` samples; the last part of x is on its way.
+  template <bool kInner>
+  __device__ __forceinline__ void add_up(Raw<kPart> raw, const Samples& s, int count,
+                                         Sums& sums) const {
+    const Own<Acc> ratio = own(tables_.powers[0]), alpha = own(tables_.alpha);
+    Acc reference[kW] = {}, former[kW] = {}, share[kW] = {}, innovation[kW] = {},
+        aggregate[kW] = {};
+#pragma unroll
+    for (int part = kSteps - kPart; part >= 0; part -= kPart) {
+      const Raw<kPart> here = raw;
+      if (part > 0) raw = fetch<kPart>(forward_x_, part - kPart, count);
+#pragma unroll
+      for (int w = 0; w < kW; ++w) {
+        Part x;
+        unpack(here, x);
+#pragma unroll
+        for (int i = kPart - 1; i >= 0; --i) {
+          const bool begins = part + i == count - 1;  // anew: what was before is not there
+          if (begins) {
+            reference[w] = former[w] = x[i][w];
+            share[w] = innovation[w] = aggregate[w] = 0;
+          }
+          if constexpr (kHalf) {  // by differences
+            innovation[w] = fma(ratio[w], innovation[w], x[i][w] - former[w]);
+            former[w] = x[i][w];
+          } else {
+            innovation[w] = x[i][w] - reference[w] - aggregate[w];
+            aggregate[w] = fma(alpha[w], innovation[w], aggregate[w]);
+          }
+          share[w] = fma(s[part + i][w], innovation[w], share[w]);
+        }
+      }
+    }
+#pragma unroll
+    for (int w = 0; w < kW; ++w) {
+      Acc weight = s[0][w];
+#pragma unroll
+      for (int i = 1; i < kSteps; ++i) weight = i < count ? fma(ratio[w], weight, s[i][w]) : weight;
+      sums.reference[w] = reference[w];
+      sums.share[w] = share[w];
+      sums.weight[w] = weight;
+      sums.aggregate[w] =
+          kHalf ? fma(-ratio[w], innovation[w], former[w] - reference[w]) : aggregate[w];
+    }
+  }
+
+  // Those of this thread's samples, `mine` of each row, with those of its warp, to the warp's first
+  // slot. Their decay is known where all are there.
+  template <bool kInner>
+  __device__ __forceinline__ void join(Sums& sums, int mine) {
+    const int member = thread() % kWarp, columns = arguments_.columns;
+    Value decay[kW];
+#pragma unroll
+    for (int w = 0; w < kW; ++w) {
+      decay[w] = tables_.slot_decay[lane_ + w];
+      if (!kInner && mine < kSteps) decay[w] = power(tables_.powers[0][lane_ + w], mine);
+    }
 #pragma unroll 1
     for (int by = columns; by < kWarp; by *= 2) {
-      const AlphaSums past = shuffle_down(sums, by, kWarp);
-      const bool past_there = __shfl_down_sync(kAllLanes, static_cast<int>(there), by) != 0;
-      if (past_there && thread() % kWarp + by < kWarp) sums.prepend(past);
+      const auto later = [by](Value value) { return __shfl_down_sync(kAllLanes, value, by); };
+      const bool joins =
+          (kInner || __shfl_down_sync(kAllLanes, mine, by) > 0) && member + by < kWarp;
+#pragma unroll
+      for (int w = 0; w < kW; ++w) {
+        const Value reference = later(sums.reference[w]), share = later(sums.share[w]),
+                    weight = later(sums.weight[w]), aggregate = later(sums.aggregate[w]),
+                    past = kInner ? decay[w] : later(decay[w]);
+        if (!joins) continue;  // else as AlphaSums::prepend
+        const Value gap = reference - sums.reference[w], change = aggregate + gap;
+        sums.share[w] += fma(-change, sums.weight[w], share);
+        sums.aggregate[w] += fma(decay[w], change, -gap);
+        sums.weight[w] = fma(past, sums.weight[w], weight);
+        sums.reference[w] = reference;
+        decay[w] *= past;
+      }
     }
-    if (thread() % kWarp < columns)
-      shared_.warps[thread() / kWarp][column_ * kW + w].value() = sums;
+    if (member >= columns) return;
+#pragma unroll
+    for (int w = 0; w < kW; ++w) {
+      const auto put = [&](int i, Value value) {
+        shared_.warps[i][thread() / kWarp][lane_ + w] = value;
+      };
+      put(0, sums.reference[w]);
+      put(1, sums.share[w]);
+      put(2, sums.weight[w]);
+      put(3, sums.aggregate[w]);
+      if (!kInner) put(4, decay[w]);
+    }
+  }
+  static __device__ Acc power(Acc ratio, int count) {
+    Acc power = 1;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) power *= ratio;
+    return power;
   }
   // Those of the tile, which has `steps` samples, to the row's.
   __device__ __forceinline__ void fold(int64_t steps) {
     if (!owns_row()) return;
     AlphaSums& sums = shared_.sums[thread()].value();
+    const int most = slots_per_warp() * kSteps;
 #pragma unroll 1
-    for (int w = 0; w < kBlockWarps && w * slots_per_warp_ * kSteps < steps; ++w) {
+    for (int w = 0; w < kBlockWarps && w * most < steps; ++w) {
+      const auto got = [&](int i) { return shared_.warps[i][w][thread()]; };
+      const bool whole = (w + 1) * most <= steps;
+      const AlphaSums past{got(0), got(1), got(2), got(3),
+                           whole ? tables_.warp_decay[thread()] : got(4)};
       if (w == 0 && kSplit)
-        sums = shared_.warps[w][thread()].value();
+        sums = past;
       else
-        sums.prepend(shared_.warps[w][thread()].value());
+        sums.prepend(past);
     }
   }
 
   const Arguments& arguments_;
   Shared& shared_;
-  const int64_t group_, first_tile_;
-  const int column_, slot_, slots_per_warp_, slot_in_warp_;
-  int64_t row_;
-  int count_;  // rows that there are
-  int64_t x_, y_, forward_x_;
+  Tables& tables_;
+  const int lane_;  // the first of this thread's rows
+  Place x_, y_, forward_x_;
   Power<Acc> here_[sizeof(Acc) == 8 ? kW : 1];
 };
 

@@ -36,13 +36,15 @@ bool is_aligned(const Scan& scan, bool with_heads) {
   return true;
 }
 
-// Whether 16 bytes of rows side by side can be moved at once.
+// Whether 16 bytes of rows side by side can be moved at once, from one sample to the next by less
+// than 2^31 bytes.
 bool is_lane_aligned(const Scan& scan) {
-  const int64_t samples = 16 / bytes_of(scan.x.dtype);
+  const int64_t bytes = bytes_of(scan.x.dtype), samples = 16 / bytes, most = (1ll << 31) / bytes;
   if (scan.sizes[scan.ndim - 1] % samples != 0) return false;
   for (const View* view : {&scan.x, &scan.y, &scan.forward_x}) {
     if (view->data == nullptr) continue;
     if (phase(*view, samples) != 0 || view->time_stride % samples != 0) return false;
+    if (view->time_stride >= most || view->time_stride <= -most) return false;
     for (int d = 0; d < scan.ndim - 1; ++d)
       if (view->row_strides[d] % samples != 0) return false;
   }
@@ -59,7 +61,7 @@ Plan lanes_plan(const Scan& scan, const Device& device) {
     columns *= 2;
   const int64_t groups = scan.rows / width * ceil_div(width, columns * per_thread);
   const int64_t tiles =
-      ceil_div(scan.length, lane_steps(bytes, gradient) * (kBlockThreads / columns));
+      ceil_div(scan.length, lane_steps(bytes, aligned, gradient) * (kBlockThreads / columns));
   const bool split =
       groups < kRowsPerMultiprocessor * device.multiprocessors && tiles >= kSplitTiles;
   return {split ? Strategy::kSplitLanes : Strategy::kLanes,

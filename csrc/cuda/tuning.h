@@ -52,10 +52,16 @@ constexpr int64_t kSplitBlocks = 1024;
 
 // Time-strided rows: samples that a thread takes of each of its rows per tile, each from a line of
 // its own, so that 128 bytes are in flight; half as many float64 where two tensors are, for want of
-// registers.
-constexpr int lane_steps(int64_t sample_bytes, bool gradient) {
+// registers. Halves that move 16 bytes at a time share what a tile costs among more, as many as
+// there are registers for: a thread has eight rows of them.
+constexpr int lane_steps(int64_t sample_bytes, bool aligned, bool gradient) {
+  if (sample_bytes == 2 && aligned) return gradient ? 12 : 16;
   return gradient && sample_bytes == 8 ? 4 : 8;
 }
+
+// How many of these of the forward's x are on their way at once: beside twelve samples of eight
+// adjoints a third, the next while one is summed.
+constexpr int lane_part(int steps) { return steps > 8 ? steps / 3 : steps; }
 
 // Rows of a block, where each thread has `rows` of them: so many threads across that they read 256
 // or 512 bytes at a time, and that what they share stays below 48 kB.
