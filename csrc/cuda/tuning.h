@@ -84,8 +84,8 @@ constexpr int64_t kLaneLookBack = 8;
 // are registers. What is moved sample by sample is slower by more than that.
 constexpr int varying_items(int64_t sample_bytes, bool aligned, bool adjoint, bool split) {
   if (!aligned) return 8;
-  const bool twice = sample_bytes == 2 ? !(adjoint && split) : split && !adjoint;
-  return (sample_bytes == 8 ? 8 : 16) * (twice ? 2 : 1);
+  if (sample_bytes == 2) return split || !adjoint ? 64 : 32;
+  return (sample_bytes == 8 ? 8 : 16) * (split && !adjoint ? 2 : 1);
 }
 
 // Blocks per multiprocessor, which leave 128 registers a thread, or 255 where they are needed: by

@@ -21,6 +21,7 @@
 
 #include "cuda/messages.cuh"
 #include "cuda/row.cuh"
+#include "cuda/stretch.cuh"
 #include "cuda/varying_moves.cuh"
 
 namespace ema_ext::cuda {
@@ -65,12 +66,6 @@ struct VaryingRow {
   }
 };
 
-// What is kept of a value: all but the coefficient's share if that is an average's.
-template <bool kAverage>
-__device__ __forceinline__ double kept(double coefficient, double value) {
-  return kAverage ? fma(-coefficient, value, value) : coefficient * value;
-}
-
 // What a tile of a split row tells those after it: a map, and the y after the tile.
 struct TileMessage {
   Message map[2], y;
@@ -88,6 +83,10 @@ struct Varying {
   static constexpr int kRows = kThreads / kRanks;  // of a block
   static_assert(!kSplit || kRanks * Moves::kRows == kThreads);
   static constexpr bool kWarpRow = kRanks == kWarp && Moves::kRows == 1;
+  using Stretch = std::conditional_t<Moves::kAligned && sizeof(typename Storage::Sample) == 2,
+                                     GroupedStretch<Acc, kItems, kAdjoint>,
+                                     WideStretch<Acc, kItems, kAdjoint>>;
+  using Real = typename Stretch::Real;
   static constexpr int kGroup = kWarp / 2;  // tiles of a split row, and groups of a batch
 
   struct Arguments {
@@ -215,20 +214,19 @@ struct Varying {
     const Samples coefficients = samples(scan_.coefficient, row_.at.coefficient, tile);
     const Samples given = samples(scan_.x, row_.at.x, tile);
     const auto raw_x = moves.fetch(given, extent, kNothing);
-    double c[kItems], x[kItems];
+    Stretch stretch;
     if (kAdjoint && scan_.coefficient.time_stride == 0) {
-#pragma unroll
-      for (int i = 0; i < kItems; ++i)
-        c[i] = kInner || own() + i < extent.count ? known_.coefficient : row_.neutral();
+      stretch.fill(known_.coefficient, row_.neutral(),
+                   [&](int i) { return kInner || own() + i < extent.count; });
     } else {
       const auto raw_c = moves.fetch_any(coefficients, extent, row_.neutral());
-      moves.spread(raw_c, coefficients, extent, row_.neutral(), c);
+      moves.spread(raw_c, coefficients, extent, row_.neutral(), stretch.c);
     }
-    moves.spread(raw_x, given, extent, kNothing, x);
-    if (carry.copies) c[0] = 1;
+    moves.spread(raw_x, given, extent, kNothing, stretch.x);
+    if (carry.copies) stretch.c[0] = 1;
     carry.copies = false;
     Map map;
-    row_.by_op([&](auto average) { map = compose<average.value>(c, x); });
+    row_.by_op([&](auto average) { map = stretch.template compose<average.value>(); });
     int64_t next = tile + 1;
     if (kSplit && thread() == 0) shared.tickets[maps_.turn() ^ 1] = next_ticket(arguments_);
     maps_.take(map);
@@ -242,51 +240,21 @@ struct Varying {
       walk(tile, extent, carry.y, y);
     if (kSplit && kInner && leads() && there) send(message(tile).y, y.after);
     carry.y = y.after;
-    carry.own = y.before;
     Acc out[kItems];
     if constexpr (!kAdjoint) {
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        carry.own = c[i] * carry.own + x[i];
-        out[i] = static_cast<Acc>(carry.own);
-      }
+      carry.own = stretch.walk(y.before, out);
     } else {
       row_.by_op([&](auto average) {
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-          x[i] += carry.own;
-          carry.own = kept<average.value>(c[i], x[i]);
-          out[i] = static_cast<Acc>(average.value ? c[i] * x[i] : x[i]);
-        }
+        carry.own = stretch.template walk_adjoint<average.value>(y.before, out);
       });
       // The forward's first sample was its initial state as well.
       if (row_.average && !scan_.has_initial_state)
-        set_first(extent, out, [&](int i) { return static_cast<Acc>(x[i]); });
-      if (scan_.grad_coefficient.data != nullptr) to_coefficient(moves, tile, extent, x, carry.sum);
+        set_first(extent, out, [&](int i) { return static_cast<Acc>(stretch.x[i]); });
+      if (scan_.grad_coefficient.data != nullptr)
+        to_coefficient(moves, tile, extent, stretch.x, carry.sum);
     }
     moves.put(out, samples(scan_.y, row_.at.y, tile), extent);
     return next;
-  }
-
-  // The map of the thread's samples. A forward's become ratios and drives.
-  template <bool kAverage>
-  static __device__ __forceinline__ Map compose(double* c, double* x) {
-    Map map;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if constexpr (kAdjoint) {
-        map.drive = kept<kAverage>(c[i], map.drive + x[i]);
-        map.ratio = kept<kAverage>(c[i], map.ratio);
-        continue;
-      }
-      if constexpr (kAverage) {
-        x[i] *= c[i];
-        c[i] = 1 - c[i];
-      }
-      map.drive = c[i] * map.drive + x[i];
-      map.ratio *= c[i];
-    }
-    return map;
   }
 
   // What the threads found by products is not to be had by them.
@@ -326,7 +294,7 @@ struct Varying {
   template <bool kInner>
   __device__ __forceinline__ void to_coefficient(const Moves& moves, int64_t tile,
                                                  const Extent<kTile, kInner>& extent,
-                                                 const double* lambda, double& sum) {
+                                                 const Real* lambda, double& sum) {
     const Samples forward_x = samples(scan_.forward_x, row_.at.forward_x, tile);
     const Samples forward_y = samples(scan_.forward_y, row_.at.forward_y, tile);
     const auto raw_y = moves.fetch_next(forward_y, extent);
@@ -343,7 +311,7 @@ struct Varying {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) with[i] = x[i] - with[i];
     }
-    double by[kItems];
+    Real by[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) by[i] = lambda[i] * with[i];
     if (scan_.varying) {
@@ -351,8 +319,8 @@ struct Varying {
     } else {
       const int first = own_first(extent.count);
 #pragma unroll
-      for (int i = 0; i < kItems; ++i)
-        if (kInner || i <= first) sum += by[i];
+      for (int i = 0; i < kItems; i += Stretch::kGroup)
+        if (kInner || i <= first) sum += Stretch::sum(by + i);
       if constexpr (kSplit) {
         sum = maps_.sum(sum);
         if (there_ && leads())

@@ -150,8 +150,8 @@ class AlignedRows {
     const bool whole = extent.whole() && (kLanes == kWarp || extent.any());
     stage_.put(run(to), whole, whole ? kTile : chunks(extent.count));
   }
-  template <class E>
-  __device__ __forceinline__ void put_any(const double* items, const Samples& to,
+  template <class Item, class E>
+  __device__ __forceinline__ void put_any(const Item* items, const Samples& to,
                                           const E& extent) const {
     put(items, to, extent);
   }
