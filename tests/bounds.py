@@ -63,6 +63,24 @@ in float64 whose rows walk side by side (walk.h), for only an average's steps ar
 A product of float64 coefficients, over at most a chunk, may
 underflow: a smallest float64 subnormal times the y before.
 
+**The same of halves on a GPU** (csrc/cuda/stretch.cuh) is float64 from group to group of four
+samples, and float32 within one. What is rounded to float32, of a term on its way from its own group
+to a result in another:
+
+* forward: c * x is exact, of two halves. To the end of its group three steps, each a rounded 1 - c
+  and a fused add (6); the y before the other group (1); there at most four steps (8). base 15, for
+  a linear recurrence, whose a is exact, 8. Within one group it is at most 4 steps.
+* lambda of an average: to the end of the group three sums and four products with 1 - c, fused (7);
+  the value before the other group (1); there four sums and three products (7); c times lambda (1).
+  base 16. Of a linear recurrence a step is one fused add, with a constant a that is rounded
+  besides: three steps (6) and a product (2); 1; a sum and three steps (7). base 16.
+
+The initial state's own rounding takes the place of those of a first group. Of a product with a
+constant coefficient's gradient four are summed in float32, which takes two roundings more.
+
+So base 16, and float32's underflow for float64's. Rows that are not aligned, and rows side by side,
+stay in float64 throughout, and are not told apart.
+
 Its gradient to a coefficient is lambda[n] times r[n] = x[n] - y[n-1], or y[n-1], with the y that
 was returned: its error and its rounding to the dtype of y enter times Lambda[n]. Each term is
 rounded to the accumulate dtype of x or of the coefficient, whichever is coarser; terms that share a
@@ -84,6 +102,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+import backends
 import numpy as np
 import oracle
 import torch
@@ -112,14 +131,23 @@ class Roundings:
     per_step_wide: float = 0.0  # in float64, at every later step
     truncation: float = 0.0  # weight left out, as a share of max |x|
     partials: torch.dtype | None = None  # of sums over time; None: the accumulate dtype
+    products: float = 2  # roundings of lambda times what a coefficient meets, in a gradient
 
 
 LOOP = Roundings(base=3, per_step=3)
 ORACLE = Roundings(base=6, per_step=3)
 VARYING = Roundings(base=1, base_wide=6, per_step_wide=4)
+#: The same of halves on the CUDA kernels: see `_own`.
+GROUPED = replace(VARYING, base=16, products=4)
 KERNEL = Roundings(base=16, per_decay=9, partials=torch.float64)
 #: Of a float64 recurrence of constant a, whether by tiles or side by side.
 STEPWISE = replace(KERNEL, per_step_wide=VARYING.per_step_wide)
+
+
+def _own(roundings: Roundings, dtype: torch.dtype) -> Roundings:
+    """Those by which the chosen backend does what is asked for of samples of this dtype."""
+    grouped = roundings is VARYING and backends.cuda_kernels and dtype.itemsize == 2
+    return GROUPED if grouped else roundings
 
 
 def matmul(length: int) -> Roundings:
@@ -152,6 +180,7 @@ def pointwise_bound(
 ) -> Array:
     """Largest |error| allowed to each y of ema(x, ...), in x's shape and stored in x's dtype."""
     problem = Problem.of(x, alpha, dim, initial_state, reverse)
+    roundings = _own(roundings, x.dtype)
     _, error = _forward(problem, roundings, accumulate_dtype(x.dtype))
     if roundings.truncation:
         error = error + roundings.truncation * np.maximum.accumulate(np.abs(problem.x), axis=0)
@@ -171,7 +200,7 @@ def gradient_bounds(
 ) -> GradientBounds:
     """Largest |error| allowed to the gradients of ema(x, ...), each stored in its own dtype."""
     problem = Problem.of(x, alpha, dim, initial_state, reverse)
-    dtype = accumulate_dtype(x.dtype)
+    dtype, roundings = accumulate_dtype(x.dtype), _own(roundings, x.dtype)
     exact = oracle.ema_backward(
         grad_y,
         x,
@@ -197,7 +226,7 @@ def gradient_bounds(
         weight[0] = 1
     grad_x = problem.restore(weight * carried_error)
 
-    if roundings is VARYING:
+    if roundings in (VARYING, GROUPED):
         _, y_error = _forward(problem, roundings, dtype)
         y_error = _stored(oracle.outputs(problem), y_error, x.dtype) + _unsure(problem)
         coarser = max(dtype, accumulate_dtype(_dtype(alpha)), key=unit)
@@ -208,6 +237,7 @@ def gradient_bounds(
             carried_error,
             coarser,
             problem.alpha_shape,
+            roundings.products,
         )
     elif roundings is KERNEL:
         adjoint = oracle.adjoint(problem, grad_y, grad_state)
@@ -432,6 +462,7 @@ def _shared_terms(
     carried_error: Array,
     dtype: torch.dtype,
     shape: tuple[int, ...],
+    products: float,
 ) -> Array:
     """By how much lambda[n] * factor[n], made of the returned y[n-1], may be wrong in a sum to
     `shape`.
@@ -441,7 +472,7 @@ def _shared_terms(
         before_error = np.concatenate([first, y_error[:-1]])
         size = np.abs(factor) + before_error
         terms = factor.size // max(1, math.prod(shape))
-        count = 2 * unit(dtype) + (terms + 2) * unit(torch.float64)
+        count = products * unit(dtype) + (terms + 2) * unit(torch.float64)
         return carried_error * size + carried * (before_error + count * size) + subnormal(dtype)
 
 
@@ -458,7 +489,7 @@ def recurrence_bound(
     those of tiles for a constant a, and VARYING for any other.
     """
     problem = Recurrence.of(a, b, dim, initial_state, reverse)
-    _, error = _recurrence_forward(problem, accumulate_dtype(b.dtype), roundings)
+    _, error = _recurrence_forward(problem, b.dtype, roundings)
     return problem.restore(_stored(problem.outputs(), error, b.dtype))
 
 
@@ -488,16 +519,19 @@ def recurrence_gradients(
     """The gradients of linear_recurrence(a, b, ...) to a, b and initial_state, and their bounds."""
     problem = Recurrence.of(a, b, initial_state=initial_state, **options)
     dtype = accumulate_dtype(b.dtype)
-    y, (_, y_error) = problem.outputs(), _recurrence_forward(problem, dtype, roundings)
+    y, (_, y_error) = problem.outputs(), _recurrence_forward(problem, b.dtype, roundings)
     adjoint, before = problem.adjoint(grad_y, grad_state), problem.before(y)
     size = Recurrence.of(np.abs(problem.restore(problem.a)), np.abs(longdouble(grad_y)), **options)
     drive = size.b[::-1].copy()
     drive[:1] += np.abs(longdouble(0.0 if grad_state is None else grad_state))
-    carried, carried_error = _aged(np.roll(size.a, -1, axis=0)[::-1], drive, VARYING, dtype)
+    ways = _own(VARYING, b.dtype)
+    carried, carried_error = _aged(np.roll(size.a, -1, axis=0)[::-1], drive, ways, dtype)
     carried, carried_error = carried[::-1], carried_error[::-1]
     y_error = _stored(y, y_error, b.dtype)
     coarser = max(dtype, accumulate_dtype(_dtype(a)), key=unit)
-    terms = _shared_terms(before, y_error, carried, carried_error, coarser, problem.a_shape)
+    terms = _shared_terms(
+        before, y_error, carried, carried_error, coarser, problem.a_shape, ways.products
+    )
     count = problem.b.size // max(1, math.prod(problem.b_shape)) + 2
     wide = count * unit(torch.float64) + unit(b.dtype)
     with np.errstate(all="ignore"):
@@ -541,8 +575,8 @@ def _recurrence_forward(
         drive[:1] += np.abs(problem.a[:1] * problem.start)
     # a constant is left to the kernels of tiles
     constant = len(problem.a) == 1 or problem.a.strides[0] == 0
-    roundings = roundings or (KERNEL if constant else VARYING)
-    return _aged(np.abs(problem.a), drive, roundings, dtype)
+    roundings = _own(roundings or (KERNEL if constant else VARYING), dtype)
+    return _aged(np.abs(problem.a), drive, roundings, accumulate_dtype(dtype))
 
 
 def _range(x: Array) -> Array:
@@ -566,7 +600,7 @@ def _aged_sum(
     weight: Array, drive: Array, roundings: Roundings, dtype: torch.dtype
 ) -> tuple[Array, Array]:
     """total[n] = |keep| total + drive, and u * sum (base + per_step * age) * contribution."""
-    if roundings is VARYING:
+    if roundings in (VARYING, GROUPED):
         return _aged(np.abs(1 - weight), drive, roundings, dtype)
     here, exact = unit(dtype), oracle.UNIT
     base = here * roundings.base + exact * ORACLE.base

@@ -75,10 +75,10 @@ struct WideStretch {
   }
 };
 
-// Samples in float32, in groups of four, where the coefficients are exact: of what varies in time,
-// halves. Of a group the ratio is float64 and the drive float32, as what follows from zero; groups
-// are joined in float64, and from the y before each group, rounded once, its samples are walked. So
-// however long the row is, a term is rounded by its own group, and by that in which it is read.
+// In float32, by groups of four, of coefficients that float32 holds, but for one that is constant.
+// Of each group the ratio is float64 and the drive, that which follows from zero, float32. Groups
+// are joined in float64, and from the y before a group, rounded once, its samples are walked. So
+// however long the row is, a term meets the float32 of two groups: its own and that of the result.
 template <class Acc, int kItems, bool kAdjoint>
 struct GroupedStretch {
   using Real = float;
@@ -104,64 +104,67 @@ struct GroupedStretch {
     if (kAverage || !filled_) {
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        double ratio = kept<kAverage>(static_cast<double>(c[g * kGroup]), 1.0);
+        ratio_[g] = 1;
 #pragma unroll
-        for (int i = g * kGroup + 1; i < (g + 1) * kGroup; ++i)
-          ratio = kept<kAverage>(static_cast<double>(c[i]), ratio);
-        ratio_[g] = ratio;
+        for (int i = 0; i < kGroup; ++i)
+          ratio_[g] = kept<kAverage, double>(c[g * kGroup + i], ratio_[g]);
+      }
+    }
+    if constexpr (kAverage && !kAdjoint) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        x[i] *= c[i];
+        c[i] = 1 - c[i];
       }
     }
     Map map;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      float drive = -0.0f;
+      const int first = g * kGroup, last = first + kGroup - 1;
+      drive_[g] = x[first];
 #pragma unroll
-      for (int i = g * kGroup; i < (g + 1) * kGroup; ++i) {
-        const bool first = i == g * kGroup;
-        if constexpr (kAdjoint) {
-          drive = kept<kAverage>(c[i], first ? x[i] : drive + x[i]);
-          continue;
-        }
-        if constexpr (kAverage) {
-          x[i] *= c[i];
-          c[i] = 1 - c[i];
-        }
-        drive = first ? x[i] : fma(c[i], drive, x[i]);
-      }
-      drive_[g] = drive;
-      map = Map{ratio_[g], drive}.after(map);
+      for (int i = first + 1; i <= last; ++i) drive_[g] = after<kAverage>(i, drive_[g]);
+      if constexpr (kAdjoint) drive_[g] = kept<kAverage>(c[last], drive_[g]);
+      map = Map{ratio_[g], drive_[g]}.after(map);
     }
     return map;
   }
 
-  __device__ __forceinline__ double walk(double before, Acc* out) const {
+  __device__ __forceinline__ double walk(double y, Acc* out) const {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      auto y = static_cast<float>(before);
+      auto at = static_cast<float>(y);
 #pragma unroll
-      for (int i = g * kGroup; i < (g + 1) * kGroup; ++i) out[i] = y = fma(c[i], y, x[i]);
-      before = ratio_[g] * before + drive_[g];
+      for (int i = g * kGroup; i < (g + 1) * kGroup; ++i) out[i] = at = after<false>(i, at);
+      y = ratio_[g] * y + drive_[g];
     }
-    return before;
+    return y;
   }
 
   template <bool kAverage>
-  __device__ __forceinline__ double walk_adjoint(double before, Acc* out) {
+  __device__ __forceinline__ double walk_adjoint(double mu, Acc* out) {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      auto mu = static_cast<float>(before);
+      const int first = g * kGroup;
+      x[first] += static_cast<float>(mu);
 #pragma unroll
-      for (int i = g * kGroup; i < (g + 1) * kGroup; ++i) {
-        x[i] += mu;
-        mu = kept<kAverage>(c[i], x[i]);
-        out[i] = kAverage ? c[i] * x[i] : x[i];
-      }
-      before = ratio_[g] * before + drive_[g];
+      for (int i = first + 1; i < first + kGroup; ++i) x[i] = after<kAverage>(i, x[i - 1]);
+#pragma unroll
+      for (int i = first; i < first + kGroup; ++i) out[i] = kAverage ? c[i] * x[i] : x[i];
+      mu = ratio_[g] * mu + drive_[g];
     }
-    return before;
+    return mu;
   }
 
  private:
+  // The y after sample i from that before it, by a forward's ratios and drives; an adjoint's lambda
+  // of sample i from that of the one before.
+  template <bool kAverage>
+  __device__ __forceinline__ float after(int i, float value) const {
+    if constexpr (!kAdjoint) return fma(c[i], value, x[i]);
+    return kAverage ? kept<kAverage>(c[i - 1], value) + x[i] : fma(c[i - 1], value, x[i]);
+  }
+
   double ratio_[kGroups];
   float drive_[kGroups];
   bool filled_ = false;

@@ -84,7 +84,7 @@ constexpr int64_t kLaneLookBack = 8;
 // are registers. What is moved sample by sample is slower by more than that.
 constexpr int varying_items(int64_t sample_bytes, bool aligned, bool adjoint, bool split) {
   if (!aligned) return 8;
-  if (sample_bytes == 2) return split || !adjoint ? 64 : 32;
+  if (sample_bytes == 2) return adjoint ? 32 : 64;
   return (sample_bytes == 8 ? 8 : 16) * (split && !adjoint ? 2 : 1);
 }
 

@@ -83,9 +83,9 @@ struct Varying {
   static constexpr int kRows = kThreads / kRanks;  // of a block
   static_assert(!kSplit || kRanks * Moves::kRows == kThreads);
   static constexpr bool kWarpRow = kRanks == kWarp && Moves::kRows == 1;
-  using Stretch = std::conditional_t<Moves::kAligned && sizeof(typename Storage::Sample) == 2,
-                                     GroupedStretch<Acc, kItems, kAdjoint>,
-                                     WideStretch<Acc, kItems, kAdjoint>>;
+  using Stretch =
+      std::conditional_t<Moves::kAligned && sizeof(typename Storage::Sample) == 2,
+                         GroupedStretch<Acc, kItems, kAdjoint>, WideStretch<Acc, kItems, kAdjoint>>;
   using Real = typename Stretch::Real;
   static constexpr int kGroup = kWarp / 2;  // tiles of a split row, and groups of a batch
 
@@ -243,6 +243,11 @@ struct Varying {
     Acc out[kItems];
     if constexpr (!kAdjoint) {
       carry.own = stretch.walk(y.before, out);
+      // The state is the row's last y, as it was walked to.
+      if constexpr (!kInner && Stretch::kGroup > 1)
+        at_first(extent, [&](int i, bool is_first) {
+          if (is_first) carry.own = out[i];
+        });
     } else {
       row_.by_op([&](auto average) {
         carry.own = stretch.template walk_adjoint<average.value>(y.before, out);
@@ -279,15 +284,20 @@ struct Varying {
     return first < 0 ? -1 : first < kItems ? first : kItems;
   }
 
+  // Calls f with each of the thread's samples that may be that one, and whether it is.
+  template <bool kInner, class F>
+  static __device__ __forceinline__ void at_first(const Extent<kTile, kInner>& extent, const F& f) {
+    if constexpr (kInner) return;
+    const int first = own_first(extent.count);
+#pragma unroll
+    for (int i = Moves::kUnit - 1; i < kItems; i += Moves::kUnit) f(i, i == first);
+  }
+
   // Puts value(i) in the place of that sample, the i'th, if the thread has it.
   template <bool kInner, class Item, class F>
   static __device__ __forceinline__ void set_first(const Extent<kTile, kInner>& extent, Item* items,
                                                    const F& value) {
-    if constexpr (kInner) return;
-    const int first = own_first(extent.count);
-#pragma unroll
-    for (int i = Moves::kUnit - 1; i < kItems; i += Moves::kUnit)  // where a row may end
-      items[i] = i == first ? value(i) : items[i];
+    at_first(extent, [&](int i, bool is_first) { items[i] = is_first ? value(i) : items[i]; });
   }
 
   // The gradient to each sample's coefficient, or their sum where it is constant.
