@@ -157,10 +157,11 @@ class AlignedRows {
   }
 
  private:
-  // Of rows that are not there, beside others in the warp, zeros.
+  // Of what is not there zeros: of rows beside others in the warp, and, where many samples are held
+  // at once, of a tile that is not whole, as what is undefined nvcc keeps in local memory.
   template <class E>
   __device__ __forceinline__ Raw fetch_if(bool whole, const Samples& from, const E& extent) const {
-    if constexpr (kLanes == kWarp) return stage_.fetch(run(from), whole);
+    if constexpr (kLanes == kWarp && sizeof(Sample) > 2) return stage_.fetch(run(from), whole);
     Raw raw;
 #pragma unroll
     for (uint4& chunk : raw.chunks) chunk = {0, 0, 0, 0};
