@@ -206,8 +206,6 @@ def test_every_sample_of_a_varying_scan_is_moved_once(
     again = 0
     if chunks:
         lanes, items = 8 if "of 8" in shape else 32, 64 // size
-        if "over blocks" in shape:
-            items = min(items, 16)
         again = (length - 1) // (lanes * items)  # per row
     next_y = replace(
         read,

@@ -45,7 +45,7 @@ SAMPLES = (
 )
 GRADIENT = "x runs through the average too, and every warp joins two values"
 SPLIT = "each tile folds 31 messages, in every warp, so that one barrier does"
-VARYING = "a coefficient per sample is used in float64, to which each sample is converted"
+VARYING = "of each sample the coefficient is converted to float64 and multiplied into a ratio"
 NEXT = "besides, y of the stretch of lanes behind"
 FOLD = "each tile folds 31 maps, in every warp, so that one barrier does"
 JOINED = "the first slot carries the states on, and what is joined over warps takes loops"
@@ -102,7 +102,7 @@ def varying(
     halves = kind not in STORAGES[:2]
     for adjoint, ceilings in ((False, forward), (True, backward)):
         for is_split, ceiling in zip((False, True), ceilings, strict=True):
-            twice = not (adjoint and is_split) if halves else is_split and not adjoint
+            twice = not adjoint and (halves or is_split)
             own = 2 * items if twice else items
             reasons = [VARYING, SAMPLES, *[FOLD] * is_split] if ceiling > MOST_PER_BYTE else []
             yield Expected(

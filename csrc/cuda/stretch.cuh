@@ -1,5 +1,6 @@
 // The consecutive samples of a coefficient and of x that a thread has of a tile: their map, and the
-// walk along them from the y before.
+// walk along them from the y before. Two ways, of which each has kGroup, after as many samples of
+// which a row may end, and a sum of as many values.
 #pragma once
 
 #include <type_traits>
@@ -21,7 +22,6 @@ struct WideStretch {
   static constexpr int kGroup = 1;
   Real c[kItems], x[kItems];
 
-  // Of a group's values.
   static __device__ __forceinline__ double sum(const Real* values) { return *values; }
 
   // A constant coefficient, or one that leaves y as it is where has(i) says that no sample is.
@@ -75,10 +75,12 @@ struct WideStretch {
   }
 };
 
-// In float32, by groups of four, of coefficients that float32 holds, but for one that is constant.
-// Of each group the ratio is float64 and the drive, that which follows from zero, float32. Groups
-// are joined in float64, and from the y before a group, rounded once, its samples are walked. So
-// however long the row is, a term meets the float32 of two groups: its own and that of the result.
+// Of halves, in float32 by groups of four. Coefficients are exact in float32, but for a constant
+// one. Of each group the ratio is float64 and the drive, which is what follows from zero, float32.
+// Groups are joined in float64, and from the y before a group, rounded once, its samples are
+// walked. So however long the row is, a term meets the float32 of two groups: its own and that of
+// the result. No ratio of four underflows in float64. The drive of bfloat16 near the end of its
+// range may overflow where the walk does not: that group's map is then not finite.
 template <class Acc, int kItems, bool kAdjoint>
 struct GroupedStretch {
   using Real = float;
@@ -167,7 +169,7 @@ struct GroupedStretch {
 
   double ratio_[kGroups];
   float drive_[kGroups];
-  bool filled_ = false;
+  bool filled_ = false;  // whether the coefficient is constant
 };
 
 }  // namespace ema_ext::cuda

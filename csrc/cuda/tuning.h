@@ -78,10 +78,11 @@ constexpr int64_t kLaneBytes = 64;
 // a hundredth of its samples.
 constexpr int64_t kLaneLookBack = 8;
 
-// Coefficients that vary in time: samples of a thread, as float64 of which two tensors are held at
-// once, beside an adjoint's other three. Sixteen share what a scan costs per thread where 16 bytes
-// hold more than two; twice as many where they hold eight, or beside a look-back, as far as there
-// are registers. What is moved sample by sample is slower by more than that.
+// Coefficients that vary in time: samples of a thread, of which two tensors are held at once,
+// beside an adjoint's other three. They share what a scan costs per thread, and a look-back where
+// there is one. As float64 sixteen of 4 bytes and eight of 8, twice as many beside a look-back, as
+// far as there are registers; halves, as float32, four times as many, an adjoint's twice. What is
+// moved sample by sample is slower by more than that.
 constexpr int varying_items(int64_t sample_bytes, bool aligned, bool adjoint, bool split) {
   if (!aligned) return 8;
   if (sample_bytes == 2) return adjoint ? 32 : 64;

@@ -1,8 +1,8 @@
 // The recurrence with a coefficient per sample, and the adjoints that need the forward's y.
 //
-// Each thread composes the maps of its samples, the team scans these, and from the y before its
-// first sample each thread then walks its own, all in float64. So what is rounded is a y, and never
-// a product of coefficients; these serve to find the y before a thread's samples.
+// Each thread composes the maps of its samples, the team scans these in float64, and from the y
+// before its first sample each thread then walks its own (stretch.cuh). So what is rounded is a y,
+// and never a product of coefficients; these serve to find the y before a thread's samples.
 //
 // An adjoint scans what a sample hands on: mu[n] = a[n] * (mu[n-1] + g[n]), where mu[n-1] + g[n] is
 // lambda[n]; so it needs no coefficient but a sample's own.

@@ -1,5 +1,5 @@
 // Samples of a coefficient that varies in time, and of what goes with it, between global memory and
-// the kItems consecutive samples of a thread, as float64.
+// the kItems consecutive samples of a thread, as float64 or, of aligned halves, as float32.
 //
 // Three ways, of which each has
 //   kTeam     threads per row, in ranks along time; kRows, rows of a block
