@@ -26,6 +26,7 @@ settings.register_profile("long", max_examples=2000, **COMMON)
 settings.load_profile(os.environ.get("EMA_EXT_PROFILE", "ci"))
 
 backends.choose(os.environ.get("EMA_EXT_BACKEND", "cpu"))
+bounds.cuda_kernels = backends.cuda_kernels
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
