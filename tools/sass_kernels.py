@@ -162,7 +162,7 @@ KERNELS = [
     Expected(f"SplitRows<Tiling<{STORAGE}, 256, false, {{false,true}}>>"),
     *varying("Native<float>", 16),
     *varying("Native<double>", 8),
-    *varying("Float16", 32, (MOST_PER_BYTE, 2.9), (MOST_PER_BYTE, 2.8)),
+    *varying("Float16", 32, (MOST_PER_BYTE, 3.0), (MOST_PER_BYTE, 2.8)),
     *varying("BFloat16", 32, (2.8, 3.3), (2.6, 3.1)),
     Expected(f"SplitSums<Tiling<{STORAGE}, 256, {{false,true}}, true>>"),
     *lanes("Native<float>"),
