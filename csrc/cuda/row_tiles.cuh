@@ -126,17 +126,18 @@ struct RowTiles {
       const bool whole = now >= T::kWarpChunks;
       mine = now - thread() % T::kLanes * T::kChunks;  // or more, if others follow
       if constexpr (!T::kAhead) raw = moves.fetch(from, whole);
-      moves.spread(from, whole, now, raw, T::kGradient ? &from_own : nullptr);
-      clear<T>(moves, mine > 0 ? mine : 0, 0);
+      moves.spread(from, whole, now, raw, T::kGradient ? &from_own : nullptr,
+                   [&] { clear<T>(moves, mine > 0 ? mine : 0, 0); });
 #pragma unroll
       for (int c = 0; c < T::kChunks; ++c) moves.get(c, s + c * T::kSamples);
 
       const Acc copied = s[0];
       const double end = scan_groups(fma(in, s[0], added), k, s);
       if constexpr (T::kGradient) {
-        moves.spread(from_own, whole, now, raw);
+        moves.spread(from_own, whole, now, raw, nullptr,
+                     [&] { end_chunks<T>(moves, mine, last_reference_); });
         moves.advance(from_own);
-        last_reference_ = end_chunks<T>(moves, mine, last_reference_);
+        last_reference_ = moves.last_of(T::kChunks - 1);
       }
       next = tiles > 2 ? full : tiles > 1 ? rest : 0;
       moves.advance(from);
@@ -168,8 +169,7 @@ struct RowTiles {
         gradient += mine > 0 ? stretch.share - drop * kappa_before : 0;
       }
       state.advance(zero.tile, k.tile);
-#pragma unroll
-      for (int c = 0; c < T::kChunks; ++c) moves.set(c, s + c * T::kSamples);
+      set_chunks<T>(moves, s);
       moves.put(to, whole, now);
       moves.advance(to);
     }
@@ -189,10 +189,10 @@ struct RowTiles {
 
   // What this warp's samples of the tile leave to join_warps.
   __device__ __forceinline__ void leave(typename T::Wide drop, typename T::Wide weight) {
-    const int warp = thread() / kWarp;
     const auto sum = drop_of_warp<T>(drop, powers_.of_warp());
-    if (thread() % kWarp == 0) shared_.drops[turn_][warp] = sum;
-    if (thread() % kWarp == kWarp - 1) shared_.weights[turn_][warp] = weight;
+    if (thread() % kWarp != kWarp - 1) return;
+    shared_.drops[turn_][thread() / kWarp] = sum;
+    shared_.weights[turn_][thread() / kWarp] = weight;
   }
 
   // The first so many warps of a tile, after the next barrier, by one thread: from kappa before

@@ -170,16 +170,17 @@ struct SplitRows {
       if (thread() == 0) shared_.tickets[turn_ ^ 1] = next_ticket(arguments_) - team_.begin;
       if constexpr (!T::kAhead) raw = moves.fetch(moves.at(from, tile), whole);
       const Run<Sample> own = kGradient ? moves.at(from_own, tile) : from_own;
-      moves.spread(moves.at(from, tile), whole, now, raw, kGradient ? &own : nullptr);
-      clear<T>(moves, mine > 0 ? mine : 0, 0);
+      moves.spread(moves.at(from, tile), whole, now, raw, kGradient ? &own : nullptr,
+                   [&] { clear<T>(moves, mine > 0 ? mine : 0, 0); });
 #pragma unroll
       for (int c = 0; c < T::kChunks; ++c) moves.get(c, s + c * T::kSamples);
 
       const Acc copied = s[0];
       const double end = scan_groups(fma(in, s[0], added), k, s);
       if constexpr (kGradient) {
-        moves.spread(own, whole, now, raw);
-        reference_ = end_chunks<T>(moves, mine, reference_);
+        moves.spread(own, whole, now, raw, nullptr,
+                     [&] { end_chunks<T>(moves, mine, reference_); });
+        reference_ = moves.last_of(T::kChunks - 1);
       }
       turn_ ^= 1;
       if (kGradient && thread() % kWarp == kWarp - 1)
@@ -199,8 +200,7 @@ struct SplitRows {
         kappa = weights.before;
         add_up(team_.sums[tile], stretch, weights, mine);
       }
-#pragma unroll
-      for (int c = 0; c < T::kChunks; ++c) moves.set(c, s + c * T::kSamples);
+      set_chunks<T>(moves, s);
       moves.put(moves.at(to, tile), whole, now);
       tile = next;
     }
@@ -238,9 +238,11 @@ struct SplitRows {
     const auto share = mine > 0 ? stretch.share - drop * weights.before : 0;
     const double shares = sum_over_lanes<kWarp>(share);
     const double drops = drop_of_warp<T>(drop, powers_.of_warp());
-    if (lane == 0) sums.shares[warp] = shares;
-    if (lane == 0) sums.drops[warp] = drops;
-    if (lane == kWarp - 1) sums.weights[warp] = weights.after;
+    if (lane == kWarp - 1) {
+      sums.shares[warp] = shares;
+      sums.drops[warp] = drops;
+      sums.weights[warp] = weights.after;
+    }
     if (thread() == 0) sums.first = reference_;
     if (mine > 0 && mine <= T::kChunks) sums.last = reference_;
   }

@@ -33,9 +33,11 @@ __device__ __forceinline__ typename T::Acc last_of(const typename T::Acc* items,
 }
 
 // What the 1, 2, 4, ... lanes before one count for in a scan over kWidth lanes of `samples` samples
-// each: a power, and 0 where there are not so many.
+// each. Where there are not so many, and where a power underflows, that is kLeast: it adds nothing
+// to what is there, but leaves what is not finite as it is.
 template <class Value, int kWidth, int kSteps, bool kTable>
 struct LaneFactors {
+  static constexpr Value kLeast = sizeof(Value) == 4 ? 1e-37 : 1e-300;
   // With kTable of each lane up to the middle one, which stands for those after it.
   static constexpr int kLast = kTable ? kWidth / 2 : 0;
   Value factors[kSteps][kLast + 1];
@@ -43,8 +45,11 @@ struct LaneFactors {
   template <class Acc>
   __device__ LaneFactors(const Decay<Acc>& decay, int64_t samples) {
 #pragma unroll 1
-    for (int i = 0; i < kSteps; ++i)
-      factors[i][kLast] = static_cast<Value>(decay.power(samples << i));
+    for (int i = 0; i < kSteps; ++i) {
+      const double power = decay.power(samples << i);
+      const bool underflows = decay.ratio() != 0 && fabs(power) < kLeast;
+      factors[i][kLast] = static_cast<Value>(underflows ? copysign(kLeast, power) : power);
+    }
   }
 
   // The constructor's last lane, to another one.
@@ -52,29 +57,31 @@ struct LaneFactors {
     if constexpr (kTable) {
       if (lane >= kLast) return;
 #pragma unroll 1
-      for (int i = 0; i < kSteps; ++i) factors[i][lane] = lane >= 1 << i ? factors[i][kLast] : 0;
+      for (int i = 0; i < kSteps; ++i)
+        factors[i][lane] = lane >= 1 << i ? factors[i][kLast] : kLeast;
     }
   }
 
   __device__ __forceinline__ Value of(int lane, int i) const {
     if constexpr (kTable) return factors[i][lane < kLast ? lane : kLast];
-    return lane >= 1 << i ? factors[i][0] : 0;
+    return lane >= 1 << i ? factors[i][0] : kLeast;
   }
 };
 
-// Powers for a scan over kWidth lanes that end at `samples` samples each: by products where that
-// is safe, that is for finite values and powers that do not underflow; else by Power's laws.
+// Powers for a scan over kWidth lanes that end at `samples` samples each: plain factors, but by
+// Power's laws where one of float64 underflows.
 template <class Acc, int kWidth, int kSteps, bool kTable>
 struct LanePowers {
+  static constexpr bool kUnderflows = sizeof(Acc) == 8;
   LaneFactors<double, kWidth, kSteps, kTable> factors;
-  Power<Acc> powers[kSteps];  // over 1, 2, 4, ... lanes
+  Power<Acc> powers[kUnderflows ? kSteps : 1];  // over 1, 2, 4, ... lanes
   bool underflow;
 
   __device__ LanePowers(const Decay<Acc>& decay, int64_t samples) : factors(decay, samples) {
     constexpr double kLeast = 1e-290;
 #pragma unroll 1
-    for (int i = 0; i < kSteps; ++i) powers[i] = decay.over(samples << i);
-    underflow = sizeof(Acc) == 8 && fabs(factors.factors[kSteps - 1][factors.kLast]) < kLeast;
+    for (int i = 0; i < (kUnderflows ? kSteps : 1); ++i) powers[i] = decay.over(samples << i);
+    underflow = kUnderflows && fabs(factors.factors[kSteps - 1][factors.kLast]) < kLeast;
   }
 };
 
@@ -209,7 +216,7 @@ struct FromZero {
   double before, tile;
 };
 
-// Scans what each of kWidth lanes of samples ends at.
+// Scans what each of kWidth lanes ends at.
 template <class T, int kWidth, int kSteps, bool kTable>
 __device__ __forceinline__ double scan_shuffled(
     double own, const LanePowers<typename T::Acc, kWidth, kSteps, kTable>& k) {
@@ -218,20 +225,16 @@ __device__ __forceinline__ double scan_shuffled(
 #pragma unroll
   for (int i = 0; i < kSteps; ++i)
     end = fma(k.factors.of(lane, i), __shfl_up_sync(kAllLanes, end, 1 << i, kWidth), end);
-  constexpr bool kWide = sizeof(typename T::Acc) == 8;
+  if constexpr (!k.kUnderflows) return end;
   const double plain = end;
-  bool again = !finite(end);
-  if (kWide) again = again || k.underflow;
-  again = __any_sync(kAllLanes, again);  // teams of a warp shuffle together
+  const bool again = __any_sync(kAllLanes, k.underflow);  // teams of a warp shuffle together
 #pragma unroll 1
   for (int i = again ? 0 : kSteps; i < kSteps; ++i) {
     if (i == 0) end = own;
     const double past = __shfl_up_sync(kAllLanes, end, 1 << i, kWidth);
     if (lane >= 1 << i) end = k.powers[i].join(end, past);
   }
-  // What is not finite leaves the bits of the samples before it alone. (Beside float32 the two laws
-  // differ by less than is kept.)
-  return kWide && !k.underflow && finite(plain) ? plain : end;
+  return k.underflow ? end : plain;
 }
 
 // What the lanes before this one end at.
@@ -382,13 +385,34 @@ __device__ __forceinline__ void clear(const Stage& moves, int mine, typename T::
 }
 
 // Of the forward's x: what is not there repeats the last sample, or `former` if there is none.
-// Returns it.
 template <class T, class Stage>
-__device__ __forceinline__ typename T::Acc end_chunks(const Stage& moves, int mine,
-                                                      typename T::Acc former) {
+__device__ __forceinline__ void end_chunks(const Stage& moves, int mine, typename T::Acc former) {
   if (mine > 0) former = moves.last_of((mine < T::kChunks ? mine : T::kChunks) - 1);
   clear<T>(moves, mine > 0 ? mine : 0, former);
-  return former;
+}
+
+// A thread's samples, to where it got them. A NaN stays to the last of them, so that only a thread
+// whose last is one must mind it; but the first may be a copy of one that was read.
+template <class T, class Stage>
+__device__ __forceinline__ void set_chunks(const Stage& moves, typename T::Acc* s) {
+  using Acc = typename T::Acc;
+#pragma unroll
+  for (int c = 0; c < T::kChunks; ++c) moves.template set<false>(c, s + c * T::kSamples);
+  if constexpr (T::Storage::kMindsNaN) {
+    // Turned by a chunk each time, as registers have no index.
+    const bool minds = isnan(s[T::kItems - 1]);
+#pragma unroll 1
+    for (int c = minds ? 0 : T::kChunks; c < T::kChunks; ++c) {
+      moves.template set<true>(c, s);
+      Acc first[T::kSamples];
+#pragma unroll
+      for (int i = 0; i < T::kSamples; ++i) first[i] = s[i];
+#pragma unroll
+      for (int i = 0; i < T::kItems - T::kSamples; ++i) s[i] = s[i + T::kSamples];
+#pragma unroll
+      for (int i = 0; i < T::kSamples; ++i) s[T::kItems - T::kSamples + i] = first[i];
+    }
+  }
 }
 
 // kappa after the first `chunks` chunks of a thread's s, from that before them.
