@@ -24,7 +24,7 @@ struct RowTiles {
     Uninitialized<TeamRow<T>> teams[kTeams];
     typename ThreadPowers<T>::Room powers;
     double ends[2][T::kBlock ? kBlockWarps : 1];
-    // Of alpha's gradient, of each warp: its last reference, its drop and kappa after it.
+    // For alpha's gradient, of each warp: its last reference, its drop and kappa after it.
     static constexpr int kSummed = T::kBlock && T::kGradient ? kBlockWarps : 1;
     Acc references[2][kSummed];
     typename T::Wide drops[2][kSummed], weights[2][kSummed];
@@ -89,7 +89,8 @@ struct RowTiles {
     const TilePowers<T>& k = team_.powers;
     State<Acc> state{team_.walk.state, 0};
     double kappa = team_.walk.sums.weight, gradient = 0;
-    std::conditional_t<T::kBlock, typename T::Wide, double> kappa_before = 0;  // the thread's samples
+    // Before the thread's samples; of a block, from zero before the warp.
+    std::conditional_t<T::kBlock, typename T::Wide, double> kappa_before = 0;
     int joins = 0;  // the warps of the tile before, if this is the thread that joins them
     // Only of the row's first sample, which an average without an initial state copies. From one
     // that is not finite the scan starts at 0, and at the sample itself.

@@ -299,7 +299,7 @@ struct SplitSums {
   using Split = SplitRows<Tiling>;
   using Arguments = typename Split::Arguments;
   struct Shared {
-    AlphaSums warps[kBlockWarps];
+    Uninitialized<AlphaSums> warps[kBlockWarps];
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
@@ -360,12 +360,12 @@ struct SplitSums {
       const AlphaSums past = shuffle_down(sums, by, kWarp);
       if (begin + by * each < count) sums.prepend(past);
     }
-    if (thread() % kWarp == 0) shared.warps[thread() / kWarp] = sums;
+    if (thread() % kWarp == 0) shared.warps[thread() / kWarp].value() = sums;
     __syncthreads();
     if (thread() != 0) return sums;
 #pragma unroll 1
     for (int w = 1; w < kBlockWarps && w * kWarp * each < count; ++w)
-      sums.prepend(shared.warps[w]);
+      sums.prepend(shared.warps[w].value());
     return sums;
   }
 };

@@ -96,10 +96,10 @@ class Stage {
         for (int j = 0; j < T::kItems; ++j) *sample(j * T::kLanes + member()) = raw.samples[j];
       }
       if (next != nullptr) raw = fetch(*next);
-      __syncwarp();
+      __syncwarp(lanes());
     } else {
       move(run, chunks, [](auto& stored, auto& in_memory) { stored = in_memory; });
-      __syncwarp();
+      __syncwarp(lanes());
       fill();
     }
   }
@@ -172,6 +172,12 @@ class Stage {
            n % T::kSamples;
   }
   static_assert(Place::kBanks % T::kChunks == 0 && T::kLanes % Place::kBanks == 0);
+
+  // Those of this thread's team, which all have a whole tile or none.
+  static __device__ __forceinline__ unsigned lanes() {
+    if constexpr (T::kLanes == kWarp) return kAllLanes;
+    return ((1u << T::kLanes % kWarp) - 1) << (thread() % kWarp - member());
+  }
 
   // This thread in its team, and the team's first chunk in the warp.
   static __device__ __forceinline__ int member() { return thread() % T::kLanes; }

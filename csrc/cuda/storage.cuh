@@ -20,8 +20,8 @@ constexpr unsigned kAllLanes = 0xffffffff;
 static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
 
 // A Storage has Sample (in memory), Acc (accumulate dtype: the sample is exact in it), get and put;
-// one of 2 bytes has get_pair and put_pair as well, for the two samples of a word. With kMindsNaN it
-// is quicker to put what is no NaN made by arithmetic: put_pair<false>.
+// one of 2 bytes has get_pair and put_pair as well, for the two samples of a word; where kMindsNaN,
+// put_pair<false> is quicker, and wrong for a NaN made by arithmetic.
 template <class T>
 struct Native {
   using Sample = T;

@@ -10,9 +10,10 @@
 // Only groups and their joints are rounded to Acc, so the error grows with neither length nor
 // 1 / alpha.
 //
-// The gradient to alpha (alpha_sums.h) takes kappa as well, the weight of all that comes later in the
-// forward's time, that is earlier in the scan's: kappa[n] = s[n] + c * kappa[n-1]. It is scanned
-// over the lanes of a warp, once s is known; from warp to warp what each of them sums up is joined.
+// The gradient to alpha (alpha_sums.h) takes kappa as well, the weight of all that comes later in
+// the forward's time, that is earlier in the scan's: kappa[n] = s[n] + c * kappa[n-1]. It is
+// scanned over the lanes of a warp, once s is known; from warp to warp what each of them sums up is
+// joined.
 #pragma once
 
 #include <type_traits>
@@ -358,8 +359,10 @@ struct Weights {
 
  private:
   static __device__ __forceinline__ Wide factor(const TilePowers<T>& k, int lane, int i) {
-    if constexpr (TilePowers<T>::kOwnFactors) return k.weights.of(lane, i);
-    else return k.lanes.factors.of(lane, i);
+    if constexpr (TilePowers<T>::kOwnFactors)
+      return k.weights.of(lane, i);
+    else
+      return k.lanes.factors.of(lane, i);
   }
 };
 
