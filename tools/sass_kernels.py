@@ -38,12 +38,12 @@ STORAGE = f"{{{','.join(STORAGES)}}}"
 
 
 #: Of rows below the bar: the reason for TILE_LOOPS.
-RARE = "what is not finite is scanned once more, and what a last tile lacks is cleared, by loops"
+RARE = "what a last tile lacks is cleared, and what one thread or few have to do is done, by loops"
 #: Of rows, over the bar because ...
 SAMPLES = (
     "a sample of 2 bytes takes as many instructions as one of 4; 7.5 rounds bfloat16 by integers"
 )
-GRADIENT = "x runs through the average too, and every warp joins two values"
+GRADIENT = "x runs through the average too, and kappa is scanned as well"
 SPLIT = "each tile folds 31 messages, in every warp, so that one barrier does"
 VARYING = "of each sample the coefficient is converted to float64 and multiplied into a ratio"
 NEXT = "besides, y of the stretch of lanes behind"
@@ -54,9 +54,10 @@ SUMS = "alpha's sums take a barrier, and x runs through the average too"
 PIECES = "nvcc stores bfloat16 for 7.5 by words, and some of float64 one by one"
 
 
-#: Loops in a trip of tiles that few enter: they scan once more what is not finite or whose powers
-#: underflow, and clear what the last tile of a row lacks.
-TILE_LOOPS = 4
+#: Loops in a trip of tiles that few enter: they scan once more where powers underflow, clear what
+#: the last tile of a row lacks, join what a tile's warps add to alpha's gradient (one thread does),
+#: and put NaN (of bfloat16 on 7.5).
+TILE_LOOPS = 5
 
 
 def rows(
@@ -83,7 +84,7 @@ def split(
             f"SplitRows<Tiling<{kind}, 256, true, {str(gradient).lower()}>>",
             aligned=True,
             moves=(2, 1) if gradient else (1, 1),
-            narrow=4 if gradient else 0,
+            narrow=5 if gradient else 0,
             inner=TILE_LOOPS,
             per_byte=ceiling,
             why=f"{SAMPLES}; {SPLIT}" if ceiling > MOST_PER_BYTE else RARE,
@@ -148,17 +149,17 @@ KERNELS = [
     *rows("Native<float>", False, {}),
     *rows("Native<double>", False, {}),
     *rows("Float16", False, {}),
-    *rows("BFloat16", False, {256: 2.6}, SAMPLES),
+    *rows("BFloat16", False, {}),
     *rows("Native<float>", True, {}),
     *rows("Native<double>", True, {}),
-    *rows("Float16", True, {256: 2.7}, f"{SAMPLES}; {GRADIENT}"),
-    *rows("BFloat16", True, {8: 2.8, 32: 2.8, 256: 3.0}, f"{SAMPLES}; {GRADIENT}"),
+    *rows("Float16", True, {}),
+    *rows("BFloat16", True, {256: 2.6}, f"{SAMPLES}; {GRADIENT}"),
     Expected(f"RowTiles<Tiling<{STORAGE}, {{8,32,256}}, false, {{false,true}}>>"),
     Expected(f"SplitHeads<Tiling<{STORAGE}, 256, {{false,true}}, {{false,true}}>>"),
     *split("Native<float>"),
     *split("Native<double>"),
-    *split("Float16", backward=2.8),
-    *split("BFloat16", 3.0, 3.1),
+    *split("Float16"),
+    *split("BFloat16", 2.6, 2.7),
     Expected(f"SplitRows<Tiling<{STORAGE}, 256, false, {{false,true}}>>"),
     *varying("Native<float>", 16),
     *varying("Native<double>", 8),

@@ -126,8 +126,7 @@ struct Dispatch {
   static constexpr int64_t kTeamBytes = std::max(
       {kTeamOf<true, true>, kTeamOf<true, false>, kTeamOf<false, true>, kTeamOf<false, false>});
   static SplitWorkspace split_rows_workspace(const Scan& scan, const Plan& plan) {
-    const int64_t messages = (plan.blocks + scan.rows) * (wants_gradient(scan) ? 2 : 1);
-    return {scan, plan.blocks, messages, kTeamBytes, sizeof(TileSums)};
+    return {scan, plan.blocks, plan.blocks + scan.rows, kTeamBytes, sizeof(TileSums)};
   }
   static SplitWorkspace split_lanes_workspace(const Scan& scan, const Plan& plan) {
     const int64_t rows = plan.columns * (plan.aligned ? Chunk<Storage>::kSamples : 1);

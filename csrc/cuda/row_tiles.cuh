@@ -23,9 +23,12 @@ struct RowTiles {
     WarpStage<T> stage[kBlockWarps];
     Uninitialized<TeamRow<T>> teams[kTeams];
     typename ThreadPowers<T>::Room powers;
-    Ends<double> ends[2][T::kBlock ? kBlockWarps : 1];
-    Acc references[2][T::kBlock && T::kGradient ? kBlockWarps : 1];  // of a warp's last stretch
-    double sums[T::kBlock && T::kGradient ? kBlockWarps : 1];
+    double ends[2][T::kBlock ? kBlockWarps : 1];
+    // For alpha's gradient, of each warp: its last reference, its drop and kappa after it.
+    static constexpr int kSummed = T::kBlock && T::kGradient ? kBlockWarps : 1;
+    Acc references[2][kSummed];
+    typename T::Wide drops[2][kSummed], weights[2][kSummed];
+    double sums[kSummed];
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
@@ -85,7 +88,10 @@ struct RowTiles {
     const Stage<T, kBackward> moves(shared_.stage[thread() / kWarp]);
     const TilePowers<T>& k = team_.powers;
     State<Acc> state{team_.walk.state, 0};
-    double kappa = team_.walk.sums.weight, gradient = 0, kappa_before = 0;
+    double kappa = team_.walk.sums.weight, gradient = 0;
+    // Before the thread's samples; of a block, from zero before the warp.
+    std::conditional_t<T::kBlock, typename T::Wide, double> kappa_before = 0;
+    int joins = 0;  // the warps of the tile before, if this is the thread that joins them
     // Only of the row's first sample, which an average without an initial state copies. From one
     // that is not finite the scan starts at 0, and at the sample itself.
     const bool starts = thread() % T::kTeam == 0 && team_.parts.head == 0;
@@ -121,62 +127,105 @@ struct RowTiles {
       const bool whole = now >= T::kWarpChunks;
       mine = now - thread() % T::kLanes * T::kChunks;  // or more, if others follow
       if constexpr (!T::kAhead) raw = moves.fetch(from, whole);
-      moves.spread(from, whole, now, raw, T::kGradient ? &from_own : nullptr);
-      clear<T>(moves, mine > 0 ? mine : 0, 0);
+      moves.spread(from, whole, now, raw, T::kGradient ? &from_own : nullptr,
+                   [&] { clear<T>(moves, mine > 0 ? mine : 0, 0); });
 #pragma unroll
       for (int c = 0; c < T::kChunks; ++c) moves.get(c, s + c * T::kSamples);
 
       const Acc copied = s[0];
-      const Ends<double> ends = scan_groups(fma(in, s[0], added), k, s);
+      const double end = scan_groups(fma(in, s[0], added), k, s);
       if constexpr (T::kGradient) {
-        moves.spread(from_own, whole, now, raw);
+        moves.spread(from_own, whole, now, raw, nullptr,
+                     [&] { end_chunks<T>(moves, mine, last_reference_); });
         moves.advance(from_own);
-        last_reference_ = end_chunks<T>(moves, mine, last_reference_);
+        last_reference_ = moves.last_of(T::kChunks - 1);
       }
       next = tiles > 2 ? full : tiles > 1 ? rest : 0;
       moves.advance(from);
       if constexpr (T::kAhead) raw = moves.fetch(from, next >= T::kWarpChunks);
 
-      const FromZero zero = scan(ends);
-      add_state(powers_.of_tile().join(zero.before.state, state.value), k, s);
+      const FromZero zero = scan(end);
+      add_state(powers_.of_tile().join(zero.before, state.value), k, s);
       if (copies) s[0] = copied;
       copies = false;
       added = 0;
       in = k.in;
       if constexpr (T::kGradient) {
-        const double samples = thread() % T::kTeam * T::kItems;
-        kappa_before = powers_.of_tile().join(zero.before.kappa, fma(samples, state.value, kappa));
-        kappa = k.tile.join(zero.tile.kappa, fma(double{T::kTile}, state.value, kappa));
+        if constexpr (T::kBlock) {
+          join_warps(turn_ ^ 1, joins, kappa, gradient);
+          joins = thread() == 0 ? kBlockWarps : 0;
+        }
         const Stretch<T> stretch(moves, s, last_reference_, k);
-        const double share = stretch.gradient(kappa_before, reference_before());
-        gradient += mine > 0 ? share : 0;
+        const Weights<T> weights(stretch.weight, k);
+        const auto whole_drop = stretch.drop(reference_before());
+        const auto drop = mine > 0 ? whole_drop : 0;
+        if constexpr (T::kBlock) {
+          kappa_before = weights.before;
+          leave(drop, weights.after);
+        } else {
+          kappa_before = powers_.of_tile().join(weights.before, kappa);
+          const auto after = __shfl_sync(kAllLanes, weights.after, T::kLanes - 1, T::kLanes);
+          kappa = k.tile.join(after, kappa);
+        }
+        gradient += mine > 0 ? stretch.share - drop * kappa_before : 0;
       }
-      state.advance(zero.tile.state, k.tile);
-#pragma unroll
-      for (int c = 0; c < T::kChunks; ++c) moves.set(c, s + c * T::kSamples);
+      state.advance(zero.tile, k.tile);
+      set_chunks<T>(moves, s);
       moves.put(to, whole, now);
       moves.advance(to);
     }
     if constexpr (T::kGradient && !T::kBlock) gradient = sum_over_lanes<T::kLanes>(gradient);
-    if constexpr (T::kGradient && T::kBlock) gradient = sum_over_block(gradient, shared_.sums);
-    if (chunks_ == 0 || mine <= 0 || mine > T::kChunks)
-      return turn_;  // others have the row's last chunk
-    team_.walk.state = last_of<T>(s, mine);
-    if constexpr (T::kGradient)
-      team_.walk.sums = {last_reference_, team_.walk.sums.share + gradient,
-                         kappa_after<T>(s, mine, kappa_before, team_.row.decay), 0, 1};
+    if (chunks_ > 0 && mine > 0 && mine <= T::kChunks) {  // others have no row, or not its end
+      team_.walk.state = last_of<T>(s, mine);
+      if constexpr (T::kGradient)
+        team_.walk.sums = {last_reference_, team_.walk.sums.share + (T::kBlock ? 0 : gradient),
+                           kappa_after<T>(s, mine, kappa_before, team_.row.decay), 0, 1};
+    }
+    if constexpr (T::kGradient && T::kBlock) {
+      gradient = sum_over_block(gradient, shared_.sums);
+      if (thread() == 0 && chunks_ > 0) join_last_tile(rest, kappa, gradient);
+    }
     return turn_;
   }
 
+  // What this warp's samples of the tile leave to join_warps.
+  __device__ __forceinline__ void leave(typename T::Wide drop, typename T::Wide weight) {
+    const auto sum = drop_of_warp<T>(drop, powers_.of_warp());
+    if (thread() % kWarp != kWarp - 1) return;
+    shared_.drops[turn_][thread() / kWarp] = sum;
+    shared_.weights[turn_][thread() / kWarp] = weight;
+  }
+
+  // The first so many warps of a tile, after the next barrier, by one thread: from kappa before
+  // them to that after, and what they lack of the gradient.
+  __device__ __forceinline__ void join_warps(int turn, int warps, double& kappa,
+                                             double& gradient) const {
+#pragma unroll 1
+    for (int w = 0; w < warps; ++w) {
+      gradient -= shared_.drops[turn][w] * kappa;
+      kappa = team_.powers.warps.powers[0].join(shared_.weights[turn][w], kappa);
+    }
+  }
+
+  // Those of the row's last tile, which has so many chunks.
+  __device__ __forceinline__ void join_last_tile(int chunks, double kappa, double gradient) {
+    AlphaSums& sums = team_.walk.sums;
+    const int whole = (chunks - 1) / T::kWarpChunks;
+    join_warps(turn_, whole, kappa, gradient);
+    sums.share += gradient - shared_.drops[turn_][whole] * kappa;
+    const int64_t samples = (chunks - whole * T::kWarpChunks) * T::kSamples;
+    sums.weight = team_.row.decay.over(samples).join(sums.weight, kappa);
+  }
+
   // One barrier, if the team is a block.
-  __device__ __forceinline__ FromZero scan(const Ends<double>& ends) {
+  __device__ __forceinline__ FromZero scan(double end) {
     if constexpr (T::kBlock) {
       turn_ ^= 1;
       if (T::kGradient && thread() % kWarp == kWarp - 1)
         shared_.references[turn_][thread() / kWarp] = last_reference_;
-      return scan_block(ends, powers_.of_warp(), team_.powers, shared_.ends[turn_]);
+      return scan_block(end, powers_.of_warp(), team_.powers, shared_.ends[turn_]);
     } else {
-      return scan_lanes(ends, team_.powers);
+      return scan_lanes(end, team_.powers);
     }
   }
 

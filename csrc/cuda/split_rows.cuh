@@ -16,11 +16,11 @@
 
 namespace ema_ext::cuda {
 
-// What a tile adds to the gradient to alpha.
+// What a tile contributes to the gradient to alpha: what its warps do, each from a kappa of zero.
 struct TileSums {
-  double warps[kBlockWarps];
-  double first, last;  // references of its first stretch and of its last
-  double kappa;        // before it
+  double shares[kBlockWarps], drops[kBlockWarps];
+  double weights[kBlockWarps];  // kappa after them
+  double first, last;           // references of its first stretch and of its last
 };
 
 template <class Tiling>
@@ -30,7 +30,6 @@ struct SplitRows {
   static constexpr int kMinBlocks =
       tile_blocks(sizeof(typename T::Sample), T::kChunks, T::kTeam, T::kAligned, T::kGradient);
   static constexpr bool kGradient = T::kGradient;
-  static constexpr int kMessages = kGradient ? 2 : 1;  // of a tile: state and kappa
   static constexpr int kGroup = 16, kBatch = kGroup * kGroup;
   static_assert(1 + 2 * (kGroup - 1) <= kWarp && T::kTeam == kThreads);
   using Sample = typename T::Sample;
@@ -41,10 +40,10 @@ struct SplitRows {
     Scan scan;
     int64_t tiles;               // per row, some of which may have no samples
     unsigned long long* ticket;  // 0 before
-    Message* messages;           // kMessages of each row's start and of each of its tiles; 0 before
+    Message* messages;           // of each row's start and of each of its tiles; 0 before
     Uninitialized<Team>* teams;  // per row: from SplitHeads
     TileSums* sums;              // row * tiles + tile; for SplitSums
-    AlphaSums* ends;             // per row, without what the tiles add; for SplitSums
+    AlphaSums* ends;             // per row: of what lies after its tiles; for SplitSums
   };
 
   // What is known of a row.
@@ -58,7 +57,7 @@ struct SplitRows {
         : TeamRow<T>(arguments.scan, index, true),
           begin(index * arguments.tiles),
           last((this->parts.chunks + T::kTileChunks - 1) / T::kTileChunks - 1),
-          start(arguments.messages + (begin + index) * kMessages),
+          start(arguments.messages + begin + index),
           sums(arguments.sums + begin) {
 #pragma unroll 1
       for (int lane = 0; lane < kWarp; ++lane) this->powers.fill(lane);
@@ -69,7 +68,7 @@ struct SplitRows {
     Uninitialized<Team> team;
     typename ThreadPowers<T>::Room powers;
     Power<Acc> tiles[kBatch];  // over so many
-    Ends<double> ends[2][kBlockWarps];
+    double ends[2][kBlockWarps];
     Acc references[2][kBlockWarps];  // of each warp's last stretch
     int64_t tickets[2];
     Uninitialized<decltype(Team::walk)> walk;  // of the thread that ends the row
@@ -80,11 +79,6 @@ struct SplitRows {
       take_rows<true>(arguments, shared);
     else
       take_rows<false>(arguments, shared);
-  }
-
-  static __device__ __forceinline__ void send_ends(Message* messages, const Ends<double>& ends) {
-    send(messages[0], ends.state);
-    if constexpr (kGradient) send(messages[1], ends.kappa);
   }
 
  private:
@@ -165,7 +159,7 @@ struct SplitRows {
     auto raw = moves.fetch(moves.at(from, tile), T::kAhead && tile < whole_tiles);
     int mine = 0;
     bool last = false;
-    double kappa = 0;
+    double kappa = 0;  // before this thread's samples, from zero before the warp
     Acc s[T::kItems];
 #pragma unroll 1
     while (tile <= team_.last) {
@@ -176,38 +170,37 @@ struct SplitRows {
       if (thread() == 0) shared_.tickets[turn_ ^ 1] = next_ticket(arguments_) - team_.begin;
       if constexpr (!T::kAhead) raw = moves.fetch(moves.at(from, tile), whole);
       const Run<Sample> own = kGradient ? moves.at(from_own, tile) : from_own;
-      moves.spread(moves.at(from, tile), whole, now, raw, kGradient ? &own : nullptr);
-      clear<T>(moves, mine > 0 ? mine : 0, 0);
+      moves.spread(moves.at(from, tile), whole, now, raw, kGradient ? &own : nullptr,
+                   [&] { clear<T>(moves, mine > 0 ? mine : 0, 0); });
 #pragma unroll
       for (int c = 0; c < T::kChunks; ++c) moves.get(c, s + c * T::kSamples);
 
       const Acc copied = s[0];
-      const Ends<double> ends = scan_groups(fma(in, s[0], added), k, s);
+      const double end = scan_groups(fma(in, s[0], added), k, s);
       if constexpr (kGradient) {
-        moves.spread(own, whole, now, raw);
-        reference_ = end_chunks<T>(moves, mine, reference_);
+        moves.spread(own, whole, now, raw, nullptr,
+                     [&] { end_chunks<T>(moves, mine, reference_); });
+        reference_ = moves.last_of(T::kChunks - 1);
       }
       turn_ ^= 1;
       if (kGradient && thread() % kWarp == kWarp - 1)
         shared_.references[turn_][thread() / kWarp] = reference_;
-      const FromZero zero = scan_block(ends, powers_.of_warp(), k, shared_.ends[turn_]);
+      const FromZero zero = scan_block(end, powers_.of_warp(), k, shared_.ends[turn_]);
       const int64_t next = shared_.tickets[turn_];
       if constexpr (T::kAhead) raw = moves.fetch(moves.at(from, next), next < whole_tiles);
 
-      const Ends<double> before = fold(tile, zero.tile);
-      add_state(powers_.of_tile().join(zero.before.state, before.state), k, s);
+      add_state(powers_.of_tile().join(zero.before, fold(tile, zero.tile)), k, s);
       if (copies) s[0] = copied;
       copies = false;
       added = 0;
       in = k.in;
       if constexpr (kGradient) {
-        const double samples = thread() * T::kItems;
-        kappa = powers_.of_tile().join(zero.before.kappa, fma(samples, before.state, before.kappa));
         const Stretch<T> stretch(moves, s, reference_, k);
-        add_up(team_.sums[tile], stretch, kappa, mine, before.kappa);
+        const Weights<T> weights(stretch.weight, k);
+        kappa = weights.before;
+        add_up(team_.sums[tile], stretch, weights, mine);
       }
-#pragma unroll
-      for (int c = 0; c < T::kChunks; ++c) moves.set(c, s + c * T::kSamples);
+      set_chunks<T>(moves, s);
       moves.put(moves.at(to, tile), whole, now);
       tile = next;
     }
@@ -215,53 +208,42 @@ struct SplitRows {
     return tile;
   }
 
-  // What lies before the tile, from what was sent; sends what the tile ends at.
-  __device__ __forceinline__ Ends<double> fold(int64_t tile, const Ends<double>& own) {
-    Message* const mine = team_.start + (1 + tile) * kMessages;
+  // The state before the tile, from what was sent; sends what the tile ends at.
+  __device__ __forceinline__ double fold(int64_t tile, double own) {
+    Message* const mine = team_.start + 1 + tile;
     const int i = static_cast<int>(tile) & (kGroup - 1);
     const bool ends_group = i == kGroup - 1;
-    if (thread() == 0 && !ends_group) send_ends(mine, own);
+    if (thread() == 0 && !ends_group) send(*mine, own);
 
     // The lanes: a batch, then groups, in the upper half tiles; so many messages back.
     const int lane = thread() % kWarp, in_batch = static_cast<int>(tile) & (kBatch - 1);
     const int back = lane < kGroup ? in_batch + 1 - lane * kGroup : i - (lane - kGroup);
-    Ends<double> ends = {0, 0};
-    if (back > 0)
-      ends = joined<T>({0, 0}, receive_ends(mine - back * kMessages), (back - 1) * T::kTile,
-                       shared_.tiles[back - 1]);
+    double state = 0;
+    if (back > 0) state = shared_.tiles[back - 1].join(0, receive(mine[-back]));
 #pragma unroll
-    for (int by = kGroup / 2; by > 0; by /= 2) ends = sum_across(ends, by);
-    const Ends<double> before = sum_across(ends, kGroup);
-    if (thread() == kGroup && ends_group) {  // it has the sum of the group's tiles
-      const bool ends_batch = in_batch == kBatch - 1;
-      const Ends<double> past = {ends_batch ? before.state : ends.state,
-                                 ends_batch ? before.kappa : ends.kappa};
-      send_ends(mine, joined<T>(own, past, T::kTile, team_.powers.tile));
-    }
+    for (int by = kGroup / 2; by > 0; by /= 2) state += __shfl_xor_sync(kAllLanes, state, by);
+    const double before = state + __shfl_xor_sync(kAllLanes, state, kGroup);
+    if (thread() == kGroup && ends_group)  // it has the sum of the group's tiles
+      send(*mine, team_.powers.tile.join(own, in_batch == kBatch - 1 ? before : state));
     return before;
   }
 
-  static __device__ __forceinline__ Ends<double> sum_across(const Ends<double>& ends, int by) {
-    return {ends.state + __shfl_xor_sync(kAllLanes, ends.state, by),
-            kGradient ? ends.kappa + __shfl_xor_sync(kAllLanes, ends.kappa, by) : 0};
-  }
-  static __device__ __forceinline__ Ends<double> receive_ends(const Message* messages) {
-    double values[kMessages];
-    receive(messages, values);
-    return {values[0], kGradient ? values[kMessages - 1] : 0};
-  }
-
   // Each warp its own, in a fixed order; the first stretch is as if the tile began with it.
-  __device__ __forceinline__ void add_up(TileSums& sums, const Stretch<T>& stretch, double kappa,
-                                         int mine, double kappa_before_tile) {
-    const int warp = thread() / kWarp;
+  __device__ __forceinline__ void add_up(TileSums& sums, const Stretch<T>& stretch,
+                                         const Weights<T>& weights, int mine) {
+    const int warp = thread() / kWarp, lane = thread() % kWarp;
     Acc other = __shfl_up_sync(kAllLanes, reference_, 1);
-    if (thread() % kWarp == 0) other = warp == 0 ? reference_ : shared_.references[turn_][warp - 1];
-    const double share = stretch.gradient(kappa, other);
-    const double sum = sum_over_lanes<kWarp>(mine > 0 ? share : 0);
-    if (thread() % kWarp == 0) sums.warps[warp] = sum;
+    if (lane == 0) other = warp == 0 ? reference_ : shared_.references[turn_][warp - 1];
+    const auto drop = mine > 0 ? stretch.drop(other) : 0;
+    const auto share = mine > 0 ? stretch.share - drop * weights.before : 0;
+    const double shares = sum_over_lanes<kWarp>(share);
+    const double drops = drop_of_warp<T>(drop, powers_.of_warp());
+    if (lane == kWarp - 1) {
+      sums.shares[warp] = shares;
+      sums.drops[warp] = drops;
+      sums.weights[warp] = weights.after;
+    }
     if (thread() == 0) sums.first = reference_;
-    if (thread() == 0) sums.kappa = kappa_before_tile;
     if (mine > 0 && mine <= T::kChunks) sums.last = reference_;
   }
 
@@ -270,8 +252,11 @@ struct SplitRows {
     auto& walk = shared_.walk.value();
     walk = team_.walk;
     walk.state = last_of<T>(s, mine);
-    if constexpr (kGradient)
-      walk.sums = {reference_, 0, kappa_after<T>(s, mine, kappa, team_.row.decay), 0, 1};
+    if constexpr (kGradient) {  // from a kappa of zero before the warp; of samples, those after
+      const int samples = (thread() % kWarp * T::kChunks + mine) * T::kSamples;
+      walk.sums = {reference_, 0, kappa_after<T>(s, mine, kappa, team_.row.decay), 0,
+                   team_.row.decay.power(samples)};
+    }
     team_.finish(arguments_.scan, walk);
     if constexpr (kGradient) arguments_.ends[index_] = walk.sums;
   }
@@ -299,7 +284,7 @@ struct SplitHeads {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + thread();
     if (index >= arguments.scan.rows) return;
     auto& team = *new (arguments.teams + index) typename Split::Team(arguments, index);
-    Split::send_ends(team.start, {team.walk.state, team.walk.sums.weight});
+    send(*team.start, team.walk.state);
     if (team.parts.chunks > 0) return;
     team.finish(arguments.scan, team.walk);
     if constexpr (Split::kGradient) arguments.ends[index] = team.walk.sums;
@@ -314,28 +299,74 @@ struct SplitSums {
   using Split = SplitRows<Tiling>;
   using Arguments = typename Split::Arguments;
   struct Shared {
-    double warps[kBlockWarps];
+    Uninitialized<AlphaSums> warps[kBlockWarps];
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
     const int64_t index = blockIdx.x;
     const auto& team = arguments.teams[index].value();
-    const TileSums* const tiles = team.sums;
-    const AlphaSums& head = team.walk.sums;
-    double mine = 0;
-#pragma unroll 1
-    for (int64_t t = thread(); t <= team.last; t += kThreads) {
-      const TileSums& tile = tiles[t];
-      double sum = 0;
-#pragma unroll
-      for (int w = 0; w < kBlockWarps; ++w) sum += tile.warps[w];
-      mine += sum - (tile.first - (t > 0 ? tiles[t - 1].last : head.reference)) * tile.kappa;
-    }
-    mine = sum_over_block(mine, shared.warps);
+    AlphaSums sums = sum_over_block(team, shared);
     if (thread() != 0) return;
-    AlphaSums sums = arguments.ends[index];
-    if (team.last >= 0) sums.share += head.share + mine;
+    if (team.last < 0) {
+      sums = arguments.ends[index];
+    } else {
+      const Warp last = Warp::of(team, warps(team));
+      sums.share += last.share - last.drop * sums.weight;
+      sums.reference = team.sums[team.last].last;
+      sums.prepend(arguments.ends[index]);
+    }
     team.row.write_gradient(arguments.scan, team.at, sums);
+  }
+
+ private:
+  using T = typename Split::T;
+  using Team = typename Split::Team;
+
+  // Of the whole row, the warps before the one that ends it.
+  static __device__ int64_t warps(const Team& team) {
+    return (team.parts.chunks - 1) / T::kWarpChunks;
+  }
+
+  // What a warp of a tile left.
+  struct Warp {
+    double share, drop, weight;
+
+    static __device__ Warp of(const Team& team, int64_t warp) {
+      const int64_t t = warp / kBlockWarps;
+      const int w = static_cast<int>(warp % kBlockWarps);
+      const TileSums& tile = team.sums[t];
+      double gap = 0;
+      if (w == 0)
+        gap = tile.first - (t > 0 ? team.sums[t - 1].last : double{team.walk.sums.reference});
+      return {tile.shares[w], tile.drops[w] + gap, tile.weights[w]};
+    }
+  };
+
+  // Of what lies before the warp that ends the row, measured from 0: each thread joins some warps
+  // that follow one another. To the first thread.
+  static __device__ AlphaSums sum_over_block(const Team& team, Shared& shared) {
+    const int64_t count = team.last < 0 ? 0 : warps(team);
+    const int64_t each = (count + kThreads - 1) / kThreads, begin = thread() * each;
+    const double decay = team.row.decay.power(T::kWarpChunks * T::kSamples);
+    AlphaSums sums;
+    if (thread() == 0) sums = {0, team.walk.sums.share, team.walk.sums.weight, 0, 1};
+#pragma unroll 1
+    for (int64_t i = begin; i < begin + each && i < count; ++i) {
+      const Warp warp = Warp::of(team, i);
+      sums.prepend({0, warp.share, warp.weight, warp.drop, decay});
+    }
+#pragma unroll 1
+    for (int by = 1; by < kWarp; by *= 2) {
+      const AlphaSums past = shuffle_down(sums, by, kWarp);
+      if (begin + by * each < count) sums.prepend(past);
+    }
+    if (thread() % kWarp == 0) shared.warps[thread() / kWarp].value() = sums;
+    __syncthreads();
+    if (thread() != 0) return sums;
+#pragma unroll 1
+    for (int w = 1; w < kBlockWarps && w * kWarp * each < count; ++w)
+      sums.prepend(shared.warps[w].value());
+    return sums;
   }
 };
 

@@ -81,10 +81,11 @@ class Stage {
   }
 
   // To where the threads that own them can get at them: what was fetched, if the tile is whole,
-  // else from memory the first `chunks` chunks. What is not there keeps some former value. If
-  // the tile is whole, fetches that of `next` as well.
+  // else from memory the first `chunks` chunks; what is not there keeps some former value, for
+  // `fill` to change. If the tile is whole, fetches that of `next` as well.
+  template <class Fill>
   __device__ __forceinline__ void spread(const Run<Sample>& run, bool whole, int chunks, Raw& raw,
-                                         const Run<Sample>* next) const {
+                                         const Run<Sample>* next, const Fill& fill) const {
     __syncwarp();
     if (whole) {
       if constexpr (T::kAligned) {
@@ -95,15 +96,17 @@ class Stage {
         for (int j = 0; j < T::kItems; ++j) *sample(j * T::kLanes + member()) = raw.samples[j];
       }
       if (next != nullptr) raw = fetch(*next);
+      __syncwarp(lanes());
     } else {
       move(run, chunks, [](auto& stored, auto& in_memory) { stored = in_memory; });
+      __syncwarp(lanes());
+      fill();
     }
-    __syncwarp();
   }
 
   __device__ __forceinline__ void spread(const Run<Sample>& run, bool whole, int chunks,
                                          Raw raw) const {
-    spread(run, whole, chunks, raw, nullptr);
+    spread(run, whole, chunks, raw, nullptr, [] {});
   }
 
   // This thread's k'th chunk of what was spread.
@@ -111,8 +114,9 @@ class Stage {
     C::template unpack<kTurned>(*blocked(k), items);
   }
   // In its place; the thread alone has read it.
+  template <bool kMindsNaN = true>
   __device__ __forceinline__ void set(int k, const Acc* items) const {
-    *blocked(k) = C::template pack<kTurned>(items);
+    *blocked(k) = C::template pack<kTurned, kMindsNaN>(items);
   }
   // The last sample of a chunk.
   __device__ __forceinline__ Acc last_of(int k) const {
@@ -168,6 +172,12 @@ class Stage {
            n % T::kSamples;
   }
   static_assert(Place::kBanks % T::kChunks == 0 && T::kLanes % Place::kBanks == 0);
+
+  // Those of this thread's team, which all have a whole tile or none.
+  static __device__ __forceinline__ unsigned lanes() {
+    if constexpr (T::kLanes == kWarp) return kAllLanes;
+    return ((1u << T::kLanes % kWarp) - 1) << (thread() % kWarp - member());
+  }
 
   // This thread in its team, and the team's first chunk in the warp.
   static __device__ __forceinline__ int member() { return thread() % T::kLanes; }

@@ -20,11 +20,13 @@ constexpr unsigned kAllLanes = 0xffffffff;
 static __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
 
 // A Storage has Sample (in memory), Acc (accumulate dtype: the sample is exact in it), get and put;
-// one of 2 bytes has get_pair and put_pair as well, for the two samples of a word.
+// one of 2 bytes has get_pair and put_pair as well, for the two samples of a word; where kMindsNaN,
+// put_pair<false> is quicker, and wrong for a NaN made by arithmetic.
 template <class T>
 struct Native {
   using Sample = T;
   using Acc = T;
+  static constexpr bool kMindsNaN = false;
   static __device__ __forceinline__ T get(T sample) { return sample; }
   static __device__ __forceinline__ T put(T value) { return value; }
 };
@@ -35,6 +37,7 @@ using Float64 = Native<double>;
 struct Float16 {
   using Sample = __half;
   using Acc = float;
+  static constexpr bool kMindsNaN = false;
   static __device__ __forceinline__ float get(__half sample) { return __half2float(sample); }
   static __device__ __forceinline__ __half put(float value) { return __float2half_rn(value); }
 
@@ -44,6 +47,7 @@ struct Float16 {
     low = __low2float(pair);
     high = __high2float(pair);
   }
+  template <bool>
   static __device__ __forceinline__ unsigned put_pair(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     unsigned word;
@@ -55,6 +59,11 @@ struct Float16 {
 struct BFloat16 {
   using Sample = __nv_bfloat16;
   using Acc = float;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  static constexpr bool kMindsNaN = true;
+#else
+  static constexpr bool kMindsNaN = false;
+#endif
   static __device__ __forceinline__ float get(__nv_bfloat16 sample) {
     return __bfloat162float(sample);
   }
@@ -66,9 +75,10 @@ struct BFloat16 {
     low = __uint_as_float(word << 16);
     high = __uint_as_float(word & 0xffff0000);
   }
+  template <bool kMinds>
   static __device__ __forceinline__ unsigned put_pair(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-    return __byte_perm(rounded(low), rounded(high), 0x7632);
+    return __byte_perm(rounded<kMinds>(low), rounded<kMinds>(high), 0x7632);
 #else
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     unsigned word;
@@ -80,11 +90,12 @@ struct BFloat16 {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   // To the nearest, ties to even, in the upper half: for machines that have no instruction for it.
   // A NaN made by arithmetic, which is the largest positive integer, must not be carried into the
-  // sign; one that was read has zeros below and stays as it is.
+  // sign: with kMinds; one that was read has zeros below and stays as it is.
+  template <bool kMinds>
   static __device__ __forceinline__ unsigned rounded(float value) {
     constexpr int kNaN = 0x7fff0000;
     const int given = static_cast<int>(__float_as_uint(value));
-    const auto bits = static_cast<unsigned>(given < kNaN ? given : kNaN);
+    const auto bits = static_cast<unsigned>(!kMinds || given < kNaN ? given : kNaN);
     // bits + 0x7fff + (bits >> 16 & 1) in two instructions: as the product of 1 and the halves of a
     // word. The constant comes from a register, as no instruction takes two.
     unsigned halves;
@@ -116,14 +127,15 @@ struct Chunk {
       for (int i = 0; i < kSamples; ++i) to[place<kBackward>(i)] = Storage::get(samples[i]);
     }
   }
-  template <bool kBackward = false>
+  template <bool kBackward = false, bool kMindsNaN = true>
   static __device__ __forceinline__ uint4 pack(const Acc* from) {
     uint4 chunk;
     if constexpr (sizeof(Sample) == 2) {
       unsigned words[kSamples / 2];
 #pragma unroll
       for (int i = 0; i < kSamples; i += 2)
-        words[i / 2] = Storage::put_pair(from[place<kBackward>(i)], from[place<kBackward>(i + 1)]);
+        words[i / 2] = Storage::template put_pair<kMindsNaN>(from[place<kBackward>(i)],
+                                                             from[place<kBackward>(i + 1)]);
       memcpy(&chunk, words, sizeof chunk);
     } else {
       Sample samples[kSamples];

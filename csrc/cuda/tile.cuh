@@ -10,10 +10,10 @@
 // Only groups and their joints are rounded to Acc, so the error grows with neither length nor
 // 1 / alpha.
 //
-// For the gradient to alpha (alpha_sums.h) kappa is scanned beside: the weight of all that comes
-// later in the forward's time, that is earlier in the scan's, kappa[n] = s[n] + c * kappa[n-1].
-// Over k samples a state before them adds c^k to the state after and k * c^k to the kappa after, so
-// both are scanned at once, before either is known.
+// The gradient to alpha (alpha_sums.h) takes kappa as well, the weight of all that comes later in
+// the forward's time, that is earlier in the scan's: kappa[n] = s[n] + c * kappa[n-1]. It is
+// scanned over the lanes of a warp, once s is known; from warp to warp what each of them sums up is
+// joined.
 #pragma once
 
 #include <type_traits>
@@ -33,48 +33,24 @@ __device__ __forceinline__ typename T::Acc last_of(const typename T::Acc* items,
   return last;
 }
 
-// What a stretch of samples, scanned from zero, ends at; kappa only where T::kGradient.
-template <class Value>
-struct Ends {
-  Value state, kappa;
-};
-
-// `past` before `later`, which has `samples`, by the power of as many.
-template <class T, class Join>
-__device__ __forceinline__ Ends<double> joined(const Ends<double>& later, const Ends<double>& past,
-                                               double samples, const Join& join) {
-  Ends<double> ends;
-  ends.state = join(later.state, past.state);
-  if constexpr (T::kGradient) ends.kappa = join(later.kappa, fma(samples, past.state, past.kappa));
-  return ends;
-}
-template <class T>
-__device__ __forceinline__ Ends<double> joined(const Ends<double>& later, const Ends<double>& past,
-                                               double samples,
-                                               const Power<typename T::Acc>& power) {
-  return joined<T>(later, past, samples,
-                   [&](double aggregate, double state) { return power.join(aggregate, state); });
-}
-
-// Powers for a scan over kWidth lanes that end at `samples` samples each: by products where that
-// is safe, that is for finite values and powers that do not underflow; else by Power's laws.
-template <class Acc, int kWidth, int kSteps, bool kTable>
-struct LanePowers {
-  // Over 1, 2, 4, ... lanes; with kTable of each lane up to the middle one, which stands for those
-  // after it, and 0 where there are none so many before it.
+// What the 1, 2, 4, ... lanes before one count for in a scan over kWidth lanes of `samples` samples
+// each. Where there are not so many, and where a power underflows, that is kLeast: it adds nothing
+// to what is there, but leaves what is not finite as it is.
+template <class Value, int kWidth, int kSteps, bool kTable>
+struct LaneFactors {
+  static constexpr Value kLeast = sizeof(Value) == 4 ? 1e-37 : 1e-300;
+  // With kTable of each lane up to the middle one, which stands for those after it.
   static constexpr int kLast = kTable ? kWidth / 2 : 0;
-  double products[kSteps][kLast + 1];
-  Power<Acc> powers[kSteps];
-  bool underflow;
+  Value factors[kSteps][kLast + 1];
 
-  __device__ LanePowers(const Decay<Acc>& decay, int64_t samples) {
-    constexpr double kLeast = 1e-290;
+  template <class Acc>
+  __device__ LaneFactors(const Decay<Acc>& decay, int64_t samples) {
 #pragma unroll 1
     for (int i = 0; i < kSteps; ++i) {
-      powers[i] = decay.over(samples << i);
-      products[i][kLast] = decay.power(samples << i);
+      const double power = decay.power(samples << i);
+      const bool underflows = decay.ratio() != 0 && fabs(power) < kLeast;
+      factors[i][kLast] = static_cast<Value>(underflows ? copysign(kLeast, power) : power);
     }
-    underflow = sizeof(Acc) == 8 && fabs(products[kSteps - 1][kLast]) < kLeast;
   }
 
   // The constructor's last lane, to another one.
@@ -82,13 +58,31 @@ struct LanePowers {
     if constexpr (kTable) {
       if (lane >= kLast) return;
 #pragma unroll 1
-      for (int i = 0; i < kSteps; ++i) products[i][lane] = lane >= 1 << i ? products[i][kLast] : 0;
+      for (int i = 0; i < kSteps; ++i)
+        factors[i][lane] = lane >= 1 << i ? factors[i][kLast] : kLeast;
     }
   }
 
-  __device__ __forceinline__ double product(int i, int lane) const {
-    if constexpr (kTable) return products[i][lane < kLast ? lane : kLast];
-    return lane >= 1 << i ? products[i][0] : 0;
+  __device__ __forceinline__ Value of(int lane, int i) const {
+    if constexpr (kTable) return factors[i][lane < kLast ? lane : kLast];
+    return lane >= 1 << i ? factors[i][0] : kLeast;
+  }
+};
+
+// Powers for a scan over kWidth lanes that end at `samples` samples each: plain factors, but by
+// Power's laws where one of float64 underflows.
+template <class Acc, int kWidth, int kSteps, bool kTable>
+struct LanePowers {
+  static constexpr bool kUnderflows = sizeof(Acc) == 8;
+  LaneFactors<double, kWidth, kSteps, kTable> factors;
+  Power<Acc> powers[kUnderflows ? kSteps : 1];  // over 1, 2, 4, ... lanes
+  bool underflow;
+
+  __device__ LanePowers(const Decay<Acc>& decay, int64_t samples) : factors(decay, samples) {
+    constexpr double kLeast = 1e-290;
+#pragma unroll 1
+    for (int i = 0; i < (kUnderflows ? kSteps : 1); ++i) powers[i] = decay.over(samples << i);
+    underflow = kUnderflows && fabs(factors.factors[kSteps - 1][factors.kLast]) < kLeast;
   }
 };
 
@@ -97,8 +91,11 @@ template <class T>
 struct TilePowers {
   using Acc = typename T::Acc;
   using Warps = LanePowers<Acc, kBlockWarps, kBlockSteps, true>;
+  using Factors = LaneFactors<typename T::Wide, T::kLanes, T::kSteps, T::kLanes == kWarp>;
   // Whether each group takes the state before the thread by a power of its own: see add_state.
   static constexpr bool kOwnPowers = sizeof(typename T::Sample) == 4;
+  // Whether kappa is scanned by factors of its own.
+  static constexpr bool kOwnFactors = T::kGradient && sizeof(typename T::Wide) == 4;
   struct None {
     __device__ None(const Decay<Acc>&, int64_t) {}
     __device__ void fill(int) {}
@@ -108,14 +105,18 @@ struct TilePowers {
   Acc alpha;                                                        // of an average
   Acc powers[T::kGroup + 1];                                        // c^i
   double groups[kOwnPowers ? T::kGroups : 1];                       // c^(kGroup i)
+  Acc joint;                                                        // over T::kWeighed samples
   LanePowers<Acc, T::kLanes, T::kSteps, T::kLanes == kWarp> lanes;  // small where teams are many
+  std::conditional_t<kOwnFactors, Factors, None> weights;           // those of the lanes, of kappa
   std::conditional_t<T::kBlock, Warps, None> warps;
   Power<Acc> tile;  // over a tile
 
   __device__ explicit TilePowers(const Row<typename T::Storage>& row)
       : in(static_cast<Acc>(row.in)),
         alpha(static_cast<Acc>(row.decay.complement())),
+        joint(static_cast<Acc>(row.decay.power(T::kWeighed))),
         lanes(row.decay, T::kItems),
+        weights(row.decay, T::kItems),
         warps(row.decay, T::kItems * T::kLanes),
         tile(row.decay.over(T::kTile)) {
     const auto& decay = row.decay;
@@ -127,8 +128,9 @@ struct TilePowers {
 
   // What is left to each lane of a warp, or of the team if that is smaller.
   __device__ void fill(int lane) {
-    lanes.fill(lane);
-    warps.fill(lane);
+    lanes.factors.fill(lane);
+    weights.fill(lane);
+    if constexpr (T::kBlock) warps.factors.fill(lane);
   }
 
   // From the first sample of `threads` threads to the first after them.
@@ -175,25 +177,17 @@ class ThreadPowers {
 // q[i] in place of x[i]: each group scanned from zero. `first` is the first sample's drive, that of
 // others in * x[i]. Returns what the thread's samples end at.
 template <class T>
-__device__ __forceinline__ Ends<double> scan_groups(typename T::Acc first, const TilePowers<T>& k,
-                                                    typename T::Acc* q) {
-  Ends<typename T::Acc> ends = {0, 0};
+__device__ __forceinline__ double scan_groups(typename T::Acc first, const TilePowers<T>& k,
+                                              typename T::Acc* q) {
+  typename T::Acc state = 0;
 #pragma unroll
   for (int g = 0; g < T::kItems; g += T::kGroup) {
     q[g] = g == 0 ? first : k.in * q[g];
 #pragma unroll
     for (int i = 1; i < T::kGroup; ++i) q[g + i] = fma(k.powers[1], q[g + i - 1], k.in * q[g + i]);
-    if constexpr (T::kGradient) {
-      typename T::Acc own = q[g];
-#pragma unroll
-      for (int i = 1; i < T::kGroup; ++i) own = fma(k.powers[1], own, q[g + i]);
-      const typename T::Acc past = fma(typename T::Acc{T::kGroup}, ends.state, ends.kappa);
-      ends.kappa = g == 0 ? own : fma(k.powers[T::kGroup], past, own);
-    }
-    ends.state =
-        g == 0 ? q[T::kGroup - 1] : fma(k.powers[T::kGroup], ends.state, q[g + T::kGroup - 1]);
+    state = g == 0 ? q[T::kGroup - 1] : fma(k.powers[T::kGroup], state, q[g + T::kGroup - 1]);
   }
-  return {static_cast<double>(ends.state), static_cast<double>(ends.kappa)};
+  return static_cast<double>(state);
 }
 
 // s[i] in place of q[i], from the state before the thread's first sample. In float32 each group
@@ -218,93 +212,78 @@ __device__ __forceinline__ void add_state(double state, const TilePowers<T>& k,
   }
 }
 
-// What lies before each thread's first sample, and what the tile ends at, were both zero before
-// the tile.
+// The states before each thread's first sample and after the tile, were that before the tile zero.
 struct FromZero {
-  Ends<double> before;
-  Ends<double> tile;
+  double before, tile;
 };
 
-template <class T>
-__device__ __forceinline__ Ends<double> shuffle_up(const Ends<double>& ends, int by, int width) {
-  return {__shfl_up_sync(kAllLanes, ends.state, by, width),
-          T::kGradient ? __shfl_up_sync(kAllLanes, ends.kappa, by, width) : 0};
-}
-template <class T>
-__device__ __forceinline__ Ends<double> shuffle(const Ends<double>& ends, int from, int width) {
-  return {__shfl_sync(kAllLanes, ends.state, from, width),
-          T::kGradient ? __shfl_sync(kAllLanes, ends.kappa, from, width) : 0};
-}
-
-// Scans the ends of each of kWidth lanes of `samples` samples.
+// Scans what each of kWidth lanes ends at.
 template <class T, int kWidth, int kSteps, bool kTable>
-__device__ __forceinline__ Ends<double> scan_shuffled(
-    const Ends<double>& own, const LanePowers<typename T::Acc, kWidth, kSteps, kTable>& k,
-    double samples) {
+__device__ __forceinline__ double scan_shuffled(
+    double own, const LanePowers<typename T::Acc, kWidth, kSteps, kTable>& k) {
   const int lane = thread() % kWidth;
-  Ends<double> ends = own;
+  double end = own;
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const double power = k.product(i, lane);
-    ends = joined<T>(ends, shuffle_up<T>(ends, 1 << i, kWidth), samples * (1 << i),
-                     [&](double aggregate, double state) { return fma(power, state, aggregate); });
-  }
-  constexpr bool kWide = sizeof(typename T::Acc) == 8;
-  const Ends<double> plain = ends;
-  bool again = !finite(ends.state);
-  if (kWide) again = again || k.underflow;
-  again = __any_sync(kAllLanes, again);  // teams of a warp shuffle together
+  for (int i = 0; i < kSteps; ++i)
+    end = fma(k.factors.of(lane, i), __shfl_up_sync(kAllLanes, end, 1 << i, kWidth), end);
+  if constexpr (!k.kUnderflows) return end;
+  const double plain = end;
+  const bool again = __any_sync(kAllLanes, k.underflow);  // teams of a warp shuffle together
 #pragma unroll 1
   for (int i = again ? 0 : kSteps; i < kSteps; ++i) {
-    if (i == 0) ends = own;
-    const Ends<double> past = shuffle_up<T>(ends, 1 << i, kWidth);
-    if (lane >= 1 << i) ends = joined<T>(ends, past, samples * (1 << i), k.powers[i]);
+    if (i == 0) end = own;
+    const double past = __shfl_up_sync(kAllLanes, end, 1 << i, kWidth);
+    if (lane >= 1 << i) end = k.powers[i].join(end, past);
   }
-  // What is not finite leaves the bits of the samples before it alone. (Beside float32 the two laws
-  // differ by less than is kept.)
-  return kWide && !k.underflow && finite(plain.state) ? plain : ends;
+  return k.underflow ? end : plain;
 }
 
 // What the lanes before this one end at.
-template <class T>
-__device__ __forceinline__ Ends<double> before_lane(const Ends<double>& ends) {
-  const Ends<double> before = shuffle_up<T>(ends, 1, T::kLanes);
-  return thread() % T::kLanes == 0 ? Ends<double>{0, 0} : before;
+template <class T, class Value>
+__device__ __forceinline__ Value before_lane(Value end) {
+  const Value before = __shfl_up_sync(kAllLanes, end, 1, T::kLanes);
+  return thread() % T::kLanes == 0 ? 0 : before;
 }
 
 // Teams of a warp or less: no barrier.
 template <class T>
-__device__ __forceinline__ FromZero scan_lanes(const Ends<double>& own, const TilePowers<T>& k) {
-  const Ends<double> ends = scan_shuffled<T>(own, k.lanes, T::kItems);
-  return {before_lane<T>(ends), shuffle<T>(ends, T::kLanes - 1, T::kLanes)};
+__device__ __forceinline__ FromZero scan_lanes(double own, const TilePowers<T>& k) {
+  const double end = scan_shuffled<T>(own, k.lanes);
+  return {before_lane<T>(end), __shfl_sync(kAllLanes, end, T::kLanes - 1, T::kLanes)};
 }
 
 // The whole block: one barrier. `lane` is over the lanes before this one. `warps` is left alone
 // until the next call but one.
 template <class T>
-__device__ __forceinline__ FromZero scan_block(const Ends<double>& own,
-                                               const Power<typename T::Acc>& lane,
-                                               const TilePowers<T>& k, Ends<double>* warps) {
-  const Ends<double> lanes = scan_shuffled<T>(own, k.lanes, T::kItems);
+__device__ __forceinline__ FromZero scan_block(double own, const Power<typename T::Acc>& lane,
+                                               const TilePowers<T>& k, double* warps) {
+  const double lanes = scan_shuffled<T>(own, k.lanes);
   const int warp = thread() / kWarp;
   if (thread() % kWarp == kWarp - 1) warps[warp] = lanes;
   FromZero zero;
   zero.before = before_lane<T>(lanes);
   __syncthreads();
-  constexpr int kWarpSamples = T::kItems * kWarp;
-  const Ends<double> ends = scan_shuffled<T>(warps[thread() % kBlockWarps], k.warps, kWarpSamples);
-  zero.tile = shuffle<T>(ends, kBlockWarps - 1, kBlockWarps);
-  const Ends<double> before = shuffle<T>(ends, warp - 1, kBlockWarps);
-  if (warp > 0) zero.before = joined<T>(zero.before, before, thread() % kWarp * T::kItems, lane);
+  const double end = scan_shuffled<T>(warps[thread() % kBlockWarps], k.warps);
+  zero.tile = __shfl_sync(kAllLanes, end, kBlockWarps - 1, kBlockWarps);
+  const double before = __shfl_sync(kAllLanes, end, warp - 1, kBlockWarps);
+  if (warp > 0) zero.before = lane.join(zero.before, before);
   return zero;
 }
 
-// What a thread's samples contribute to the gradient to alpha, as those of alpha_sums.h but for the
-// weight, which is scanned beforehand.
+// A sum over the threads of a team of a warp or less, in one order, to all of them.
+template <int kLanes, class Value>
+__device__ __forceinline__ Value sum_over_lanes(Value value) {
+#pragma unroll
+  for (int by = kLanes / 2; by > 0; by /= 2) value += __shfl_xor_sync(kAllLanes, value, by, kLanes);
+  return value;
+}
+
+// What a thread's samples contribute to the gradient to alpha, as those of alpha_sums.h.
 template <class T>
 struct Stretch {
   using Acc = typename T::Acc;
-  double share = 0;
+  using Wide = typename T::Wide;
+  Wide share = 0, weight;
   Acc aggregate = 0, reference;
 
   // Whether the innovation goes from sample to sample by their differences, in one instruction
@@ -313,13 +292,13 @@ struct Stretch {
   static constexpr bool kByDifferences = sizeof(typename T::Sample) == 2;
 
   // From the adjoints s (in units of alpha * lambda) and the forward's x, which was spread. Against
-  // the scan's time, x runs through the average itself. Chunks that are not there have s of 0 and
-  // x of the reference, and so add nothing.
+  // the scan's time, x runs through the average itself. Chunks that are not there have x of the
+  // reference, and so add nothing to the share.
   template <class Stage>
   __device__ __forceinline__ Stretch(const Stage& x, const Acc* s, Acc reference,
                                      const TilePowers<T>& k)
-      : reference(reference) {
-    constexpr int kC = T::kSamples, kSummed = 16;  // by 16 in Acc, and these in float64
+      : weight(kappa(s, k)), reference(reference) {
+    constexpr int kC = T::kSamples, kSummed = 16;  // by 16 in Acc, and these in Wide
     Acc sum = 0, innovation = 0, former = reference;
 #pragma unroll
     for (int c = T::kChunks - 1; c >= 0; --c) {
@@ -343,11 +322,60 @@ struct Stretch {
     if constexpr (kByDifferences) aggregate = fma(-k.powers[1], innovation, former - reference);
   }
 
-  // With kappa and the reference of the samples just before in the scan.
-  __device__ __forceinline__ double gradient(double kappa, Acc other) const {
-    return share - (aggregate + (static_cast<double>(reference) - other)) * kappa;
+  // By which kappa before the stretch enters, negated, with the reference of the samples just
+  // before in the scan.
+  __device__ __forceinline__ Wide drop(Acc other) const {
+    return aggregate + (static_cast<Wide>(reference) - other);
+  }
+
+ private:
+  // After the stretch, from zero before it.
+  static __device__ __forceinline__ Wide kappa(const Acc* s, const TilePowers<T>& k) {
+    Acc weight = 0;
+#pragma unroll
+    for (int g = 0; g < T::kItems; g += T::kWeighed) {
+      Acc own = s[g];
+#pragma unroll
+      for (int i = 1; i < T::kWeighed; ++i) own = fma(k.powers[1], own, s[g + i]);
+      weight = g == 0 ? own : fma(k.joint, weight, own);
+    }
+    return weight;
   }
 };
+
+// kappa before each lane's samples and after them, from zero before the first lane.
+template <class T>
+struct Weights {
+  using Wide = typename T::Wide;
+  Wide before, after;
+
+  __device__ __forceinline__ Weights(Wide own, const TilePowers<T>& k) : after(own) {
+    const int lane = thread() % T::kLanes;
+#pragma unroll
+    for (int i = 0; i < T::kSteps; ++i)
+      after = fma(factor(k, lane, i), __shfl_up_sync(kAllLanes, after, 1 << i, T::kLanes), after);
+    before = before_lane<T>(after);
+  }
+
+ private:
+  static __device__ __forceinline__ Wide factor(const TilePowers<T>& k, int lane, int i) {
+    if constexpr (TilePowers<T>::kOwnFactors)
+      return k.weights.of(lane, i);
+    else
+      return k.lanes.factors.of(lane, i);
+  }
+};
+
+// The drop of a whole warp, from those of its threads; `lane` is over the lanes before this one.
+template <class T>
+__device__ __forceinline__ typename T::Wide drop_of_warp(typename T::Wide drop,
+                                                         const Power<typename T::Acc>& lane) {
+  if constexpr (sizeof(typename T::Wide) < sizeof(double))
+    drop *= static_cast<typename T::Wide>(lane.value);
+  else
+    drop = lane.join(0, drop);
+  return sum_over_lanes<kWarp>(drop);
+}
 
 // Gives this thread's chunks from the `mine`th on this value.
 template <class T, class Stage>
@@ -360,13 +388,34 @@ __device__ __forceinline__ void clear(const Stage& moves, int mine, typename T::
 }
 
 // Of the forward's x: what is not there repeats the last sample, or `former` if there is none.
-// Returns it.
 template <class T, class Stage>
-__device__ __forceinline__ typename T::Acc end_chunks(const Stage& moves, int mine,
-                                                      typename T::Acc former) {
+__device__ __forceinline__ void end_chunks(const Stage& moves, int mine, typename T::Acc former) {
   if (mine > 0) former = moves.last_of((mine < T::kChunks ? mine : T::kChunks) - 1);
   clear<T>(moves, mine > 0 ? mine : 0, former);
-  return former;
+}
+
+// A thread's samples, to where it got them. A NaN stays to the last of them, so that only a thread
+// whose last is one must mind it; but the first may be a copy of one that was read.
+template <class T, class Stage>
+__device__ __forceinline__ void set_chunks(const Stage& moves, typename T::Acc* s) {
+  using Acc = typename T::Acc;
+#pragma unroll
+  for (int c = 0; c < T::kChunks; ++c) moves.template set<false>(c, s + c * T::kSamples);
+  if constexpr (T::Storage::kMindsNaN) {
+    // Turned by a chunk each time, as registers have no index.
+    const bool minds = isnan(s[T::kItems - 1]);
+#pragma unroll 1
+    for (int c = minds ? 0 : T::kChunks; c < T::kChunks; ++c) {
+      moves.template set<true>(c, s);
+      Acc first[T::kSamples];
+#pragma unroll
+      for (int i = 0; i < T::kSamples; ++i) first[i] = s[i];
+#pragma unroll
+      for (int i = 0; i < T::kItems - T::kSamples; ++i) s[i] = s[i + T::kSamples];
+#pragma unroll
+      for (int i = 0; i < T::kSamples; ++i) s[T::kItems - T::kSamples + i] = first[i];
+    }
+  }
 }
 
 // kappa after the first `chunks` chunks of a thread's s, from that before them.
@@ -388,15 +437,7 @@ __device__ __forceinline__ AlphaSums shuffle_down(const AlphaSums& sums, int by,
           __shfl_down_sync(kAllLanes, sums.decay, by, width)};
 }
 
-// A sum over the threads of a team of a warp or less, in one order, to all of them.
-template <int kLanes>
-__device__ __forceinline__ double sum_over_lanes(double value) {
-#pragma unroll
-  for (int by = kLanes / 2; by > 0; by /= 2) value += __shfl_xor_sync(kAllLanes, value, by, kLanes);
-  return value;
-}
-
-// The same over a block: one barrier. `warps` is left alone until the next.
+// The same as sum_over_lanes, over a block: one barrier. `warps` is left alone until the next.
 __device__ __forceinline__ double sum_over_block(double value, double* warps) {
   value = sum_over_lanes<kWarp>(value);
   if (thread() % kWarp == 0) warps[thread() / kWarp] = value;

@@ -1,6 +1,8 @@
 // How a tile is shared by the threads of a team: the constants that its parts agree on.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/storage.cuh"
 #include "cuda/tuning.h"
 
@@ -21,6 +23,11 @@ struct Tile {
   static constexpr int kGroup = 4;  // samples that are scanned by c itself
   static constexpr int kGroups = kItems / kGroup;
   static_assert(kItems % kGroup == 0);
+
+  // What sums for alpha's gradient are kept in within a warp: of 2 bytes a sample has few enough
+  // digits for float32. And samples of which kappa is scanned by c itself.
+  using Wide = std::conditional_t<sizeof(Sample) == 2, float, double>;
+  static constexpr int kWeighed = sizeof(Sample) == 2 ? 8 : kGroup;
 
   static constexpr int kLanes = kTeam < kWarp ? kTeam : kWarp;
   static constexpr int kWarps = kTeam / kLanes;
