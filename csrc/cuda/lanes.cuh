@@ -252,11 +252,10 @@ struct Lanes {
   }
 
   struct Samples {
-    Acc of[kSteps][kW];
-    __device__ __forceinline__ Acc (&operator[](int i))
-        [kW] { return of[i]; } __device__ __forceinline__ const Acc (&operator[](int i) const)[kW] {
-      return of[i];
-    }
+    using Line = Acc[kW];
+    Line of[kSteps];
+    __device__ __forceinline__ Line& operator[](int i) { return of[i]; }
+    __device__ __forceinline__ const Line& operator[](int i) const { return of[i]; }
   };
   // Of the forward's x, which comes by parts, for want of registers.
   static constexpr int kPart = lane_part(kSteps);
