@@ -27,8 +27,8 @@ struct RowTiles {
     // For alpha's gradient, of each warp: its last reference, its drop and kappa after it.
     static constexpr int kSummed = T::kBlock && T::kGradient ? kBlockWarps : 1;
     Acc references[2][kSummed];
-    typename T::Wide drops[2][kSummed], weights[2][kSummed];
-    double sums[kSummed];
+    typename T::Wide drops[2][kSummed];
+    double weights[2][kSummed], sums[kSummed];
   };
 
   static __device__ void run(const Arguments& arguments, Shared& shared) {
@@ -89,9 +89,8 @@ struct RowTiles {
     const TilePowers<T>& k = team_.powers;
     State<Acc> state{team_.walk.state, 0};
     double kappa = team_.walk.sums.weight, gradient = 0;
-    // Before the thread's samples; of a block, from zero before the warp.
-    std::conditional_t<T::kBlock, typename T::Wide, double> kappa_before = 0;
-    int joins = 0;  // the warps of the tile before, if this is the thread that joins them
+    double kappa_before = 0;  // the thread's samples; of a block, from zero before the warp
+    int joins = 0;            // the warps of the tile before, if this is the thread that joins them
     // Only of the row's first sample, which an average without an initial state copies. From one
     // that is not finite the scan starts at 0, and at the sample itself.
     const bool starts = thread() % T::kTeam == 0 && team_.parts.head == 0;
@@ -189,7 +188,7 @@ struct RowTiles {
   }
 
   // What this warp's samples of the tile leave to join_warps.
-  __device__ __forceinline__ void leave(typename T::Wide drop, typename T::Wide weight) {
+  __device__ __forceinline__ void leave(typename T::Wide drop, double weight) {
     const auto sum = drop_of_warp<T>(drop, powers_.of_warp());
     if (thread() % kWarp != kWarp - 1) return;
     shared_.drops[turn_][thread() / kWarp] = sum;

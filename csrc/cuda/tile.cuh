@@ -36,12 +36,12 @@ __device__ __forceinline__ typename T::Acc last_of(const typename T::Acc* items,
 // What the 1, 2, 4, ... lanes before one count for in a scan over kWidth lanes of `samples` samples
 // each. Where there are not so many, and where a power underflows, that is kLeast: it adds nothing
 // to what is there, but leaves what is not finite as it is.
-template <class Value, int kWidth, int kSteps, bool kTable>
+template <int kWidth, int kSteps, bool kTable>
 struct LaneFactors {
-  static constexpr Value kLeast = sizeof(Value) == 4 ? 1e-37 : 1e-300;
+  static constexpr double kLeast = 1e-300;
   // With kTable of each lane up to the middle one, which stands for those after it.
   static constexpr int kLast = kTable ? kWidth / 2 : 0;
-  Value factors[kSteps][kLast + 1];
+  double factors[kSteps][kLast + 1];
 
   template <class Acc>
   __device__ LaneFactors(const Decay<Acc>& decay, int64_t samples) {
@@ -49,7 +49,7 @@ struct LaneFactors {
     for (int i = 0; i < kSteps; ++i) {
       const double power = decay.power(samples << i);
       const bool underflows = decay.ratio() != 0 && fabs(power) < kLeast;
-      factors[i][kLast] = static_cast<Value>(underflows ? copysign(kLeast, power) : power);
+      factors[i][kLast] = underflows ? copysign(kLeast, power) : power;
     }
   }
 
@@ -63,7 +63,7 @@ struct LaneFactors {
     }
   }
 
-  __device__ __forceinline__ Value of(int lane, int i) const {
+  __device__ __forceinline__ double of(int lane, int i) const {
     if constexpr (kTable) return factors[i][lane < kLast ? lane : kLast];
     return lane >= 1 << i ? factors[i][0] : kLeast;
   }
@@ -74,7 +74,7 @@ struct LaneFactors {
 template <class Acc, int kWidth, int kSteps, bool kTable>
 struct LanePowers {
   static constexpr bool kUnderflows = sizeof(Acc) == 8;
-  LaneFactors<double, kWidth, kSteps, kTable> factors;
+  LaneFactors<kWidth, kSteps, kTable> factors;
   Power<Acc> powers[kUnderflows ? kSteps : 1];  // over 1, 2, 4, ... lanes
   bool underflow;
 
@@ -91,11 +91,8 @@ template <class T>
 struct TilePowers {
   using Acc = typename T::Acc;
   using Warps = LanePowers<Acc, kBlockWarps, kBlockSteps, true>;
-  using Factors = LaneFactors<typename T::Wide, T::kLanes, T::kSteps, T::kLanes == kWarp>;
   // Whether each group takes the state before the thread by a power of its own: see add_state.
   static constexpr bool kOwnPowers = sizeof(typename T::Sample) == 4;
-  // Whether kappa is scanned by factors of its own.
-  static constexpr bool kOwnFactors = T::kGradient && sizeof(typename T::Wide) == 4;
   struct None {
     __device__ None(const Decay<Acc>&, int64_t) {}
     __device__ void fill(int) {}
@@ -107,7 +104,6 @@ struct TilePowers {
   double groups[kOwnPowers ? T::kGroups : 1];                       // c^(kGroup i)
   Acc joint;                                                        // over T::kWeighed samples
   LanePowers<Acc, T::kLanes, T::kSteps, T::kLanes == kWarp> lanes;  // small where teams are many
-  std::conditional_t<kOwnFactors, Factors, None> weights;           // those of the lanes, of kappa
   std::conditional_t<T::kBlock, Warps, None> warps;
   Power<Acc> tile;  // over a tile
 
@@ -116,7 +112,6 @@ struct TilePowers {
         alpha(static_cast<Acc>(row.decay.complement())),
         joint(static_cast<Acc>(row.decay.power(T::kWeighed))),
         lanes(row.decay, T::kItems),
-        weights(row.decay, T::kItems),
         warps(row.decay, T::kItems * T::kLanes),
         tile(row.decay.over(T::kTile)) {
     const auto& decay = row.decay;
@@ -129,7 +124,6 @@ struct TilePowers {
   // What is left to each lane of a warp, or of the team if that is smaller.
   __device__ void fill(int lane) {
     lanes.factors.fill(lane);
-    weights.fill(lane);
     if constexpr (T::kBlock) warps.factors.fill(lane);
   }
 
@@ -239,9 +233,9 @@ __device__ __forceinline__ double scan_shuffled(
 }
 
 // What the lanes before this one end at.
-template <class T, class Value>
-__device__ __forceinline__ Value before_lane(Value end) {
-  const Value before = __shfl_up_sync(kAllLanes, end, 1, T::kLanes);
+template <class T>
+__device__ __forceinline__ double before_lane(double end) {
+  const double before = __shfl_up_sync(kAllLanes, end, 1, T::kLanes);
   return thread() % T::kLanes == 0 ? 0 : before;
 }
 
@@ -283,7 +277,8 @@ template <class T>
 struct Stretch {
   using Acc = typename T::Acc;
   using Wide = typename T::Wide;
-  Wide share = 0, weight;
+  Wide share = 0;
+  double weight;  // kappa after the stretch, from zero before it
   Acc aggregate = 0, reference;
 
   // Whether the innovation goes from sample to sample by their differences, in one instruction
@@ -329,8 +324,7 @@ struct Stretch {
   }
 
  private:
-  // After the stretch, from zero before it.
-  static __device__ __forceinline__ Wide kappa(const Acc* s, const TilePowers<T>& k) {
+  static __device__ __forceinline__ double kappa(const Acc* s, const TilePowers<T>& k) {
     Acc weight = 0;
 #pragma unroll
     for (int g = 0; g < T::kItems; g += T::kWeighed) {
@@ -343,26 +337,19 @@ struct Stretch {
   }
 };
 
-// kappa before each lane's samples and after them, from zero before the first lane.
+// kappa before each lane's samples and after them, from zero before the first lane. In float64:
+// what the drops of many lanes add up to is much less than they are.
 template <class T>
 struct Weights {
-  using Wide = typename T::Wide;
-  Wide before, after;
+  double before, after;
 
-  __device__ __forceinline__ Weights(Wide own, const TilePowers<T>& k) : after(own) {
+  __device__ __forceinline__ Weights(double own, const TilePowers<T>& k) : after(own) {
     const int lane = thread() % T::kLanes;
 #pragma unroll
     for (int i = 0; i < T::kSteps; ++i)
-      after = fma(factor(k, lane, i), __shfl_up_sync(kAllLanes, after, 1 << i, T::kLanes), after);
+      after = fma(k.lanes.factors.of(lane, i), __shfl_up_sync(kAllLanes, after, 1 << i, T::kLanes),
+                  after);
     before = before_lane<T>(after);
-  }
-
- private:
-  static __device__ __forceinline__ Wide factor(const TilePowers<T>& k, int lane, int i) {
-    if constexpr (TilePowers<T>::kOwnFactors)
-      return k.weights.of(lane, i);
-    else
-      return k.lanes.factors.of(lane, i);
   }
 };
 

@@ -24,18 +24,18 @@ struct Tile {
   static constexpr int kGroups = kItems / kGroup;
   static_assert(kItems % kGroup == 0);
 
-  // What sums for alpha's gradient are kept in within a warp: of 2 bytes a sample has few enough
-  // digits for float32. And samples of which kappa is scanned by c itself.
+  // What a stretch's share of alpha's gradient and its drop are kept in: samples of 2 bytes have
+  // few enough digits for float32. And samples of which kappa is scanned by c itself.
   using Wide = std::conditional_t<sizeof(Sample) == 2, float, double>;
-  static constexpr int kWeighed = sizeof(Sample) == 2 ? 8 : kGroup;
+  static constexpr int kWeighed = sizeof(Sample) == 2 ? 16 : kGroup;
 
   static constexpr int kLanes = kTeam < kWarp ? kTeam : kWarp;
   static constexpr int kWarps = kTeam / kLanes;
   static constexpr bool kBlock = kWarps > 1;
   static constexpr int kSteps = kLanes == 32 ? 5 : 3;  // of a shuffled scan over the lanes
   static_assert(kLanes == 1 << kSteps && (kWarps == 1 || kWarps == kBlockWarps));
-  // Whether a tile is fetched while the one before is scanned. Where a block scans two values of
-  // two tensors in float64 there are no registers for that.
+  // Whether a tile is fetched while the one before is scanned. Where a block has two tensors in
+  // float64 there are no registers for that.
   static constexpr bool kAhead = !(kBlock && kGradient && sizeof(Acc) == 8);
   static constexpr int kWarpChunks = kLanes * kChunks;
   static constexpr int kTileChunks = kTeam * kChunks;
