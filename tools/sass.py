@@ -243,9 +243,7 @@ def broken_rules(kernel: Kernel, entry: Expected) -> Iterator[str]:
         yield f"{kernel.narrow} accesses of less than 128 bits a trip, allowed: {entry.narrow}"
     if trip.barriers > entry.barriers:
         yield f"{trip.barriers} barriers a trip, allowed: {entry.barriers}"
-    read, written = (
-        total(accesses, wide=not entry.pieces) for accesses in (trip.reads, trip.writes)
-    )
+    read, written = (total(accesses, wide=True) for accesses in (trip.reads, trip.writes))
     reads, writes = entry.moves
     if read * writes != written * reads:
         yield f"reads {read} and writes {written} bytes a trip, not {reads} : {writes}"

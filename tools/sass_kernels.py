@@ -21,8 +21,7 @@ class Expected:
     aligned: bool = False  # samples move by 128 bits: held to the bar on instructions per byte
     moves: tuple[int, int] = (1, 1)  # bytes of samples read to bytes written, if aligned
     barriers: int = 1  # per trip, at most
-    narrow: int = 0  # accesses below 128 bits in an aligned trip: not samples, or pieces
-    pieces: bool = False  # whether nvcc may store 128 bits by pieces, which count as samples
+    narrow: int = 0  # accesses below 128 bits in an aligned trip, which are not samples
     inner: int = 0  # loops inside the main loop that neither wait nor walk, and that few enter
     per_byte: float = MOST_PER_BYTE  # instructions, at most
     why: str = ""  # for whatever is not as by default
@@ -48,10 +47,9 @@ SPLIT = "each tile folds 31 messages, in every warp, so that one barrier does"
 VARYING = "of each sample the coefficient is converted to float64 and multiplied into a ratio"
 NEXT = "besides, y of the stretch of lanes behind"
 FOLD = "each tile folds 31 maps, in every warp, so that one barrier does"
-JOINED = "the first slot carries the states on, and what is joined over warps takes loops"
+JOINED = "what slots and warps tell each other is joined by loops, and a row by one thread"
 LOOK_BACK = "a tile a block, whose look-back takes a barrier"
 SUMS = "alpha's sums take a barrier, and x runs through the average too"
-PIECES = "nvcc stores bfloat16 for 7.5 by words, and some of float64 one by one"
 
 
 #: Loops in a trip of tiles that few enter: they scan once more where powers underflow, clear what
@@ -124,22 +122,19 @@ def lanes(
     kind: str,
     forward: tuple[float, float] = (MOST_PER_BYTE, MOST_PER_BYTE),
     backward: tuple[float, float] = (MOST_PER_BYTE, MOST_PER_BYTE),
-    pieces: int = 0,
 ) -> Iterator[Expected]:
     """Lanes of one dtype, 16 bytes a thread: ceilings of rows and of split rows."""
     for gradient, ceilings in ((False, forward), (True, backward)):
         for is_split, ceiling in zip((False, True), ceilings, strict=True):
             reasons = [JOINED] + [LOOK_BACK] * is_split + [SUMS] * gradient
-            reasons += [SAMPLES] * (ceiling > MOST_PER_BYTE) + [PIECES] * (pieces > 0)
+            reasons += [SAMPLES] * (ceiling > MOST_PER_BYTE)
             yield Expected(
                 f"Lanes<{kind}, true, {str(gradient).lower()}, {str(is_split).lower()}>",
                 aligned=True,
                 moves=(2, 1) if gradient else (1, 1),
                 per_byte=ceiling,
                 barriers=1 + gradient + is_split,
-                narrow=pieces,
-                pieces=pieces > 0,
-                inner=13,
+                inner=5 if gradient else 3,
                 why="; ".join(reasons),
             )
 
@@ -167,9 +162,9 @@ KERNELS = [
     *varying("BFloat16", 32, (2.8, 3.3), (2.6, 3.1)),
     Expected(f"SplitSums<Tiling<{STORAGE}, 256, {{false,true}}, true>>"),
     *lanes("Native<float>"),
-    *lanes("Native<double>", pieces=4),
+    *lanes("Native<double>"),
     *lanes("Float16"),
-    *lanes("BFloat16", backward=(2.7, 2.8), pieces=24),
+    *lanes("BFloat16", backward=(2.7, 2.8)),
     Expected(f"Lanes<{STORAGE}, false, {{false,true}}, {{false,true}}>"),
     Expected(f"LaneSums<{STORAGE}, {{false,true}}>"),
     Expected(f"{{SumAlongTerms,SumAlongResults}}<{STORAGE}>"),
