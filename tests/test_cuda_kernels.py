@@ -165,6 +165,19 @@ def test_every_sample_is_moved_once(loaded: ex.Executor, shape: str, dtype: torc
     assert (counts["x"], counts["forward_x"], counts["y"]) == (read, read, written)
 
 
+@pytest.mark.parametrize("stride", [2**30 - 8, 2**30], ids=["near enough", "too far"])
+def test_samples_that_are_far_apart(loaded: ex.Executor, stride: int) -> None:
+    """Catches strides that do not fit the 32 bits in which rows side by side have them."""
+    values = signal(2, 32, dtype=torch.float16)
+    x = torch.empty(stride + 32, dtype=torch.float16).as_strided((2, 32), (stride, 1))
+    x.copy_(values)
+    loaded.set(checks=False)  # whose memory of what was touched would be as large
+    y, _ = torch.ops.ema_ext_executor.ema_with_state(x, 0.5, None, 0, False)
+    aligned = "true" if stride * x.itemsize < 2**31 else "false"
+    assert any(f"Lanes<ema_ext::cuda::Float16, {aligned}" in name for name in loaded.kernels())
+    assert torch.equal(y, torch.ops.ema_ext.ema(values, 0.5, None, 0, False))
+
+
 @pytest.mark.parametrize("alpha", [1e-4, 1 - 2**-40], ids=["a tile less", "none"])
 def test_a_split_row_may_have_fewer_tiles(loaded: ex.Executor, alpha: float) -> None:
     """Catches a block that stays at a tile without samples: of a row that begins between two
