@@ -165,6 +165,26 @@ def test_every_sample_is_moved_once(loaded: ex.Executor, shape: str, dtype: torc
     assert (counts["x"], counts["forward_x"], counts["y"]) == (read, read, written)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_from_tile_to_tile(loaded: ex.Executor, shape: str, dtype: torch.dtype) -> None:
+    """Catches what is wrong only between tiles, warps or blocks: tests of the CPU's kernels have
+    few rows so long, and those that they have it cuts elsewhere."""
+    x, dim = samples(shape, dtype)
+    grad_y, start = signal(*x.shape, dtype=dtype, seed=1), signal(*x.select(dim, 0).shape, seed=2)
+    loaded.set(checks=False)
+    for weight, reverse in ((0.3, False), (1e-4, True)):
+        shape_of_alpha = [1 if d == dim else n for d, n in enumerate(x.shape)]
+        alpha = torch.full(shape_of_alpha, weight, dtype=torch.float64)
+        options = {"dim": dim, "initial_state": start, "reverse": reverse}
+        arguments = alpha, start, dim, reverse
+        y, _ = torch.ops.ema_ext_executor.ema_with_state.Tensor(x, *arguments)
+        assert any(re.search(SHAPES[shape][2], kernel) for kernel in loaded.kernels())
+        bounds.check_forward(y, x, alpha, **options)
+        gradients = torch.ops.ema_ext_executor.ema_backward.Tensor(grad_y, None, x, *arguments)
+        bounds.check_backward(gradients, grad_y, x, alpha, **options)
+
+
 @pytest.mark.parametrize("stride", [2**30 - 8, 2**30], ids=["near enough", "too far"])
 def test_samples_that_are_far_apart(loaded: ex.Executor, stride: int) -> None:
     """Catches strides that do not fit the 32 bits in which rows side by side have them."""
